@@ -1,0 +1,18 @@
+"""Probabilistic Mixture-of-Experts policies (PMOE, arXiv 2104.09122) as native TorchRL components."""
+
+from torchrl_pmoe.distributions import NormalMixture, RoutingGradient, TanhNormalMixture
+from torchrl_pmoe.modules import BestOfExpertsActor, MixtureParamExtractor, PMOEActor
+from torchrl_pmoe.objectives import PMOESACLoss, PMOETQCLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BestOfExpertsActor",
+    "MixtureParamExtractor",
+    "NormalMixture",
+    "PMOEActor",
+    "PMOESACLoss",
+    "PMOETQCLoss",
+    "RoutingGradient",
+    "TanhNormalMixture",
+]

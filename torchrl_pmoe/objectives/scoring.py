@@ -1,0 +1,272 @@
+"""Critic-scored routing, written once for every SAC-like loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import CompositeDistribution, dispatch
+from torch import Tensor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives import SACLoss
+
+from torchrl_pmoe.distributions.mixture import ExpertProposals, NormalMixture
+from torchrl_pmoe.distributions.routing import (
+    RoutingGradient,
+    best_proposal,
+    brier_loss,
+    check_routing,
+    log_loss,
+    soft_frequency,
+    wide,
+)
+
+__all__ = ["CriticScoredSACLoss"]
+
+BACKPROP = ("max", "all", "routed", "weighted")
+ROUTING_LOSSES = ("brier", "log")
+
+
+class _Scored(NamedTuple):
+    """Proposals ``[*M, *B, K]`` with their values: what the routing loss and the diagnostics read."""
+
+    dist: NormalMixture
+    value: Tensor
+    log_prob: Tensor | None
+
+
+class CriticScoredSACLoss(SACLoss):
+    """What a SAC-like loss needs to train a mixture with its critics as the judges; mixed in before the parent.
+
+    A subclass says with :meth:`_reduce_critics` how its critics' outputs become one value. Everything about routing is
+    described in :class:`~torchrl_pmoe.objectives.PMOESACLoss`.
+    """
+
+    def _set_routing(
+        self,
+        *,
+        routing: str | RoutingGradient,
+        routing_coef: float,
+        routing_loss: Literal["brier", "log"],
+        backprop: Literal["max", "all", "routed", "weighted"],
+        num_proposals: int,
+    ) -> None:
+        name = type(self).__name__
+        if backprop not in BACKPROP:
+            raise ValueError(f"{name}: backprop={backprop!r} is unknown; allowed: {', '.join(BACKPROP)}.")
+        if routing_loss not in ROUTING_LOSSES:
+            raise ValueError(
+                f"{name}: routing_loss={routing_loss!r} is unknown; allowed: {', '.join(ROUTING_LOSSES)}."
+            )
+        if isinstance(num_proposals, bool) or not isinstance(num_proposals, int) or num_proposals < 1:
+            raise ValueError(f"{name}: num_proposals={num_proposals!r} must be an integer of at least 1.")
+        self.routing = check_routing(
+            routing,
+            supported=(
+                RoutingGradient.FREQUENCY,
+                RoutingGradient.SOFT_FREQUENCY,
+                RoutingGradient.MARGINAL,
+                RoutingGradient.NONE,
+            ),
+            planned=(RoutingGradient.SCORE_FUNCTION,),
+            owner=name,
+        )
+        self.routing_coef = routing_coef
+        self.routing_loss = routing_loss
+        self.backprop = backprop
+        self.num_proposals = num_proposals
+
+    @staticmethod
+    def _check_actor(owner: str, actor: Any) -> None:
+        for module in actor.modules():
+            kind = getattr(module, "distribution_class", None)
+            if isinstance(kind, type) and issubclass(kind, CompositeDistribution):
+                raise ValueError(
+                    f"{owner}: the actor's distribution is a CompositeDistribution; critics can score the experts of "
+                    "one NormalMixture or TanhNormalMixture only."
+                )
+            if isinstance(kind, type) and not issubclass(kind, NormalMixture):
+                raise ValueError(
+                    f"{owner}: the actor's distribution must be NormalMixture or TanhNormalMixture, "
+                    f"got {kind.__name__}."
+                )
+
+    def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
+        """Value ``[*M, *B, K]`` of what the stacked critics put out."""
+        raise NotImplementedError
+
+    def _critic_value(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
+        """Value of actions ``[*X, *B, A]`` or ``[*X, *B, K, A]`` in the states of ``tensordict`` ``[*B]``."""
+        batch = action.shape[:-1]
+        states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
+        states = states.exclude(self.tensor_keys.action)
+        if states.shape != batch[len(batch) - states.ndim :]:
+            states = states.unsqueeze(-1)
+        states = states.expand(batch)
+        states.set(self.tensor_keys.action, action)
+        states = self._vmap_qnetworkN0(states, self._cached_detached_qvalue_params)
+        return self._reduce_critics(states.get(self.tensor_keys.state_action_value))
+
+    @torch.no_grad()
+    def score_proposals(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
+        """Value of every expert's proposal, for acting on the best one.
+
+        Args:
+            tensordict: states ``[*B]``.
+            action: proposals ``[*B, K, A]``.
+
+        Returns:
+            ``[*B, K]``.
+        """
+        return self._critic_value(tensordict, action)
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the experts through ``backprop``, with the routing loss and the diagnostics as metadata.
+
+        Args:
+            tensordict: a batch ``[*B]``.
+
+        Returns:
+            The loss as ``reduction`` says, and ``log_prob`` ``[*B]``, ``loss_routing`` and the diagnostics.
+
+        Raises:
+            ValueError: if the actor's distribution is not a mixture.
+        """
+        weights = self._maybe_get_priority_weight(tensordict)
+        with (
+            set_exploration_type(ExplorationType.RANDOM),
+            self.actor_network_params.to_module(self.actor_network, preserve_module_state=False),
+        ):
+            dist = self.actor_network.get_dist(tensordict)
+        if not isinstance(dist, NormalMixture):
+            raise ValueError(
+                f"{type(self).__name__}: the actor must describe a NormalMixture or TanhNormalMixture, "
+                f"got {type(dist).__name__}."
+            )
+        draws = (self.num_proposals,) if self.num_proposals > 1 else ()
+        proposals = dist.propose(draws)
+        if self.backprop in ("max", "routed"):
+            loss, log_prob, scored = self._one_expert(tensordict, dist, proposals)
+        else:
+            loss, log_prob, scored = self._every_expert(tensordict, dist, proposals)
+        if draws:
+            loss, log_prob = loss.mean(0), log_prob.mean(0)
+        loss = self._reduce_loss(loss, tensordict=tensordict, weights=weights)
+        routing = self.routing_coef * self._routing(scored)
+        metadata = {
+            "log_prob": log_prob.detach(),
+            "loss_routing": self._reduce_loss(routing, tensordict=tensordict, weights=weights),
+            **self._diagnostics(scored),
+        }
+        return loss, metadata
+
+    def _one_expert(
+        self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
+    ) -> tuple[Tensor, Tensor, _Scored]:
+        with torch.no_grad():
+            value = self._critic_value(tensordict, proposals.action)
+            index = value.argmax(-1) if self.backprop == "max" else dist.sample_expert(value.shape[: -1 - len(dist.batch_shape)])
+            needs_all = self.routing in (RoutingGradient.SOFT_FREQUENCY, RoutingGradient.MARGINAL)
+            density = proposals.log_prob() if needs_all else None
+        action, log_prob = proposals.select(index)
+        loss = self._alpha * log_prob - self._critic_value(tensordict, action)
+        return loss, log_prob, _Scored(dist, value, density)
+
+    def _every_expert(
+        self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
+    ) -> tuple[Tensor, Tensor, _Scored]:
+        value = self._critic_value(tensordict, proposals.action)
+        density = proposals.log_prob()
+        loss = self._alpha * density - value
+        scored = _Scored(dist, value.detach(), density.detach())
+        if self.backprop == "all":
+            return loss.mean(-1), density.mean(-1), scored
+        share = dist.probs.detach()
+        return (share * loss).sum(-1), (share * density).sum(-1), scored
+
+    def _routing(self, scored: _Scored) -> Tensor:
+        """Routing loss ``[*B]`` before its coefficient."""
+        dist, value, log_prob = scored
+        batch_dims = len(dist.batch_shape) + 1
+        draws = tuple(range(value.ndim - batch_dims))
+
+        def over_draws(x: Tensor) -> Tensor:
+            return x.mean(draws) if draws else x
+
+        if self.routing is RoutingGradient.NONE:
+            return value.new_zeros(dist.batch_shape)
+        if self.routing is RoutingGradient.MARGINAL:
+            return (dist.probs * over_draws(self._alpha * log_prob - value)).sum(-1)
+        if self.routing is RoutingGradient.FREQUENCY:
+            frequency = over_draws(best_proposal(value))
+        else:
+            # only differences matter to the softmax; those to the best keep a small alpha from overflowing
+            gap = wide(value) - wide(value).amax(-1, keepdim=True)
+            exponent = gap / self._alpha.clamp_min(torch.finfo(gap.dtype).tiny) - wide(log_prob)
+            frequency = soft_frequency(over_draws(exponent), dist.logits if dist.score == "mixture" else None)
+        frequency = frequency.to(dist.logits.dtype)
+        if self.routing_loss == "brier":
+            return brier_loss(dist.probs, frequency)
+        return log_loss(dist.logits, frequency)
+
+    @torch.no_grad()
+    def _diagnostics(self, scored: _Scored) -> dict[str, Tensor]:
+        log_probs = scored.dist.logits.log_softmax(-1).flatten(0, -2)
+        probs = log_probs.exp()
+        return {
+            "routing_entropy": -(probs * log_probs).sum(-1).mean(),
+            "expert_usage": probs.mean(0),
+            "best_expert_value": scored.value.amax(-1).mean(),
+        }
+
+    @property
+    def out_keys(self) -> list[str]:
+        """Keys of the output."""
+        if self._out_keys is None:
+            self._out_keys = [
+                "loss_actor", "loss_qvalue", "loss_alpha", "loss_routing", "alpha", "entropy",
+                "routing_entropy", "expert_usage", "best_expert_value",
+            ]  # fmt: skip
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[str]) -> None:
+        self._out_keys = values
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The parent's losses, ``loss_routing`` and the diagnostics.
+
+        Args:
+            tensordict: a batch ``[*B]`` of transitions.
+        """
+        weights = self._maybe_get_priority_weight(tensordict)
+        loss_qvalue, value_metadata = self.qvalue_v2_loss(tensordict)
+        loss_actor, metadata = self.actor_loss(tensordict)
+        log_prob = metadata.pop("log_prob")
+        loss_alpha = self._reduce_loss(self._alpha_loss(log_prob=log_prob), tensordict=tensordict, weights=weights)
+        tensordict.set(self.tensor_keys.priority, value_metadata["td_error"])
+        losses = {
+            "loss_actor": loss_actor,
+            "loss_qvalue": loss_qvalue,
+            "loss_alpha": loss_alpha,
+            "loss_routing": metadata.pop("loss_routing"),
+        }
+        scalars = {"alpha": self._alpha, "entropy": -log_prob.mean(), **metadata}
+        if self.reduction == "none":
+            out = TensorDict(losses, batch_size=tensordict.batch_size)
+            if self.scalar_output_mode == "non_tensor":
+                for name, value in scalars.items():
+                    out.set_non_tensor(name, value)
+        else:
+            out = TensorDict({**losses, **scalars}, batch_size=[])
+        self._clear_weakrefs(
+            tensordict,
+            out,
+            "actor_network_params",
+            "qvalue_network_params",
+            "target_actor_network_params",
+            "target_qvalue_network_params",
+        )
+        return out

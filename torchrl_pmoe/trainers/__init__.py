@@ -1,0 +1,22 @@
+"""Optimisation steppers, hooks and diagnostics for :class:`torchrl.trainers.Trainer`."""
+
+from torchrl_pmoe.trainers.diagnostics import mixture_diagnostics, saturation
+from torchrl_pmoe.trainers.hooks import (
+    FiniteBatch,
+    FiniteLoss,
+    NonFiniteError,
+    PeriodicEvaluation,
+    ProgressBar,
+)
+from torchrl_pmoe.trainers.steppers import MeanLossStepper
+
+__all__ = [
+    "FiniteBatch",
+    "FiniteLoss",
+    "MeanLossStepper",
+    "NonFiniteError",
+    "PeriodicEvaluation",
+    "ProgressBar",
+    "mixture_diagnostics",
+    "saturation",
+]

@@ -1,0 +1,55 @@
+"""Optimisation steppers for :class:`torchrl.trainers.Trainer`."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import OptimizationStepper
+
+__all__ = ["MeanLossStepper"]
+
+
+class MeanLossStepper(OptimizationStepper):
+    """One optimiser step on the sum of all ``loss_*`` terms, without a host synchronisation.
+
+    The ``Trainer``'s own stepper reads the gradient norm back after every update and averages every
+    output of the loss one by one. This one adds the scalar outputs to a running sum on the device, to be
+    read when they are wanted, and calls the ``post_loss`` and ``process_loss`` hooks, which the
+    ``Trainer`` skips when it is given a stepper.
+    """
+
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        """Update the trainer's parameters once from ``sub_batch``."""
+        losses = trainer.compute_loss(sub_batch)
+        trainer._post_loss_hook(sub_batch)
+        losses = trainer._process_loss_hook(sub_batch, losses)
+        sum(value for key, value in losses.items() if key.startswith("loss")).backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        self._accumulate(losses)
+        return TensorDict()
+
+    @torch.no_grad()
+    def _accumulate(self, losses: TensorDictBase) -> None:
+        if self._sum is None:
+            self._keys = [key for key, value in losses.items() if value.ndim == 0]
+        values = torch.stack([losses.get(key).detach() for key in self._keys])
+        self._sum = values if self._sum is None else self._sum.add_(values)
+        self._count += 1
+
+    def means(self) -> dict[str, float]:
+        """Mean of every scalar output of the loss since :meth:`reset` (empty before the first update)."""
+        if self._sum is None:
+            return {}
+        return dict(zip(self._keys, (self._sum / self._count).tolist(), strict=True))
+
+    def reset(self) -> None:
+        """Start new means."""
+        self._sum, self._count = None, 0
