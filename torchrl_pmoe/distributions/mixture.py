@@ -185,10 +185,12 @@ class NormalMixture(Distribution):
         return -(0.5 * (offset / scale).square() + scale.log()).sum(-1) - self.event_shape[0] * _LOG_SQRT_2PI
 
     def _check_value(self, value: Tensor) -> None:
-        if value.ndim < 1 or value.shape[-1:] != self.event_shape:
+        batches = zip(reversed(value.shape[:-1]), reversed(self.batch_shape), strict=False)
+        if value.shape[-1:] != self.event_shape or any(a != b and 1 not in (a, b) for a, b in batches):
             raise ValueError(
-                f"{type(self).__name__}: the last dimension of a value must be the action size, got a value of "
-                f"shape {tuple(value.shape)} for event shape {tuple(self.event_shape)}."
+                f"{type(self).__name__}: a value must be [*sample, *batch, action_size], got a value of shape "
+                f"{tuple(value.shape)} for batch shape {tuple(self.batch_shape)} and event shape "
+                f"{tuple(self.event_shape)}."
             )
 
     def _value_log_density(self, value: Tensor) -> Tensor:
@@ -380,7 +382,6 @@ class TanhNormalMixture(NormalMixture):
         **kwargs: Any,
     ) -> None:
         super().__init__(logits, loc, scale, **kwargs)
-        self.low, self.high = low, high
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             low, high = (
                 bound.to(device=loc.device, dtype=loc.dtype) if isinstance(bound, Tensor) else loc.new_full((), bound)
@@ -394,11 +395,12 @@ class TanhNormalMixture(NormalMixture):
                     )
             # a look at the values costs a synchronisation on an accelerator and a graph break under the compiler
             if loc.device.type == "cpu" and not torch.compiler.is_compiling() and not (high > low).all():
-                raise ValueError(f"{type(self).__name__}: low must be below high, got {self.low} and {self.high}.")
+                raise ValueError(f"{type(self).__name__}: low must be below high, got {low} and {high}.")
         else:
             low, high = float(low), float(high)
             if not low < high:
                 raise ValueError(f"{type(self).__name__}: low must be below high, got {low} and {high}.")
+        self.low, self.high = low, high
         self._half = (high - low) / 2
         self._middle = (high + low) / 2
 

@@ -1,0 +1,540 @@
+"""Soft Actor-Critic with a mixture-of-experts policy.
+
+    python recipes/sac_pmoe.py env=Walker2d-v4
+
+Every key is in ``recipes/config/sac_pmoe.yaml``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import common
+import hydra
+import torch
+from common import Evaluator, Rule, RunRecorder, UsageError, choice, either, flag, integer, number, text
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, add_custom_mapping
+from torch import Tensor, nn
+from torchrl._utils import logger as torchrl_logger
+from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from torchrl.collectors import Collector
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    TensorDictPrioritizedReplayBuffer,
+    TensorDictReplayBuffer,
+    TensorSpec,
+)
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import SACLoss, SoftUpdate
+from torchrl.record.loggers import Logger, get_logger
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import ReplayBufferTrainer, SelectKeys, TargetNetUpdaterHook
+
+from torchrl_pmoe import BestOfExpertsActor, PMOEActor, PMOESACLoss
+from torchrl_pmoe.modules.heads import ClampedExp
+from torchrl_pmoe.trainers import (
+    FiniteBatch,
+    FiniteLoss,
+    MeanLossStepper,
+    PeriodicEvaluation,
+    ProgressBar,
+    mixture_diagnostics,
+    saturation,
+)
+
+RULES: dict[str, Rule] = {
+    "env": text(),
+    "seed": integer(0, 2**31 - 1),
+    "total_frames": integer(1),
+    "num_experts": either(integer(1), None),
+    "policy": choice("pmoe", "gaussian"),
+    "preset": either(choice("paper"), None),
+    "scoring": either(choice("critic", "gradient"), None),
+    "routing": either(choice("frequency", "soft_frequency", "marginal", "none"), None),
+    "backprop": either(choice("max", "all", "routed", "weighted"), None),
+    "score": either(choice("mixture", "expert"), None),
+    "acting": either(choice("policy", "best_of_experts"), None),
+    "device": common.device(),
+    "network.hidden_sizes": common.widths(),
+    "network.activation": choice(*common.ACTIVATIONS),
+    "network.router": choice("detached", "shared", "separate"),
+    "network.log_std_min": number(),
+    "network.log_std_max": number(),
+    "network.head_init": number(above=0),
+    "optim.lr": number(above=0),
+    "optim.router_lr": either(number(above=0), None),
+    "optim.weight_decay": number(at_least=0),
+    "optim.adam_eps": number(above=0),
+    "optim.batch_size": integer(1),
+    "optim.utd_ratio": number(above=0),
+    "optim.gamma": number(at_least=0, at_most=1),
+    "optim.loss_function": choice("l2", "l1", "smooth_l1"),
+    "optim.target_update_polyak": number(at_least=0.5, at_most=1),
+    "optim.alpha_init": number(above=0),
+    "optim.fixed_alpha": flag(),
+    "optim.target_entropy": either(number(), "auto"),
+    "optim.num_threads": either(integer(1), None),
+    "collector.frames_per_batch": integer(1),
+    "collector.init_random_frames": integer(0),
+    "collector.env_per_collector": integer(1),
+    "collector.parallel": flag(),
+    "replay_buffer.size": integer(1),
+    "replay_buffer.prb": flag(),
+    "replay_buffer.scratch_dir": either(text(), None),
+    "loss.routing_coef": number(at_least=0),
+    "loss.routing_loss": choice("brier", "log"),
+    "loss.num_proposals": integer(1),
+    "logger.backend": either(choice("csv", "tensorboard", "wandb", "mlflow", "trackio"), None),
+    "logger.project_name": text(),
+    "logger.eval_interval": integer(1),
+    "logger.eval_episodes": integer(1),
+    "logger.eval_max_steps": integer(1),
+    "logger.eval_expert": either(choice("largest", "drawn"), None),
+    "logger.progress_bar": flag(),
+    "checkpoint.interval": integer(1),
+    "checkpoint.keep_last": integer(1),
+    "checkpoint.replay_buffer": flag(),
+}
+
+PAPER = {
+    "scoring": "critic",
+    "routing": "frequency",
+    "backprop": "max",
+    "score": "expert",
+    "acting": "policy",
+    "logger.eval_expert": "drawn",
+}
+DEFAULTS = {
+    "scoring": "critic",
+    "routing": "frequency",
+    "backprop": "max",
+    "score": "mixture",
+    "acting": "policy",
+    "logger.eval_expert": "largest",
+}
+PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
+STORED = ["observation", "action", *[("next", key) for key in ("observation", "reward", "done", "terminated")]]
+DIAGNOSED_STATES = 1000
+
+
+# --------------------------------------------------------------------------------------------- config
+
+
+def resolve_config(cfg: DictConfig) -> None:
+    """Check the config and fill in what it leaves to the preset, the defaults or the environment."""
+    common.check_config(cfg, RULES)
+    if cfg.preset == "paper" and cfg.policy == "gaussian":
+        raise UsageError("preset=paper: must be null with policy=gaussian, it is a combination for policy=pmoe")
+    for key in DEFAULTS:
+        given = OmegaConf.select(cfg, key)
+        if cfg.preset == "paper" and given not in (None, PAPER[key]):
+            raise UsageError(f"{key}={given}: must be {PAPER[key]} or null with preset=paper")
+        fills = PAPER if cfg.preset == "paper" else DEFAULTS
+        if key == "backprop" and cfg.scoring == "gradient":
+            continue
+        if given is None:
+            OmegaConf.update(cfg, key, fills[key])
+    if cfg.num_experts is None:
+        cfg.num_experts = PAPER_NUM_EXPERTS.get(cfg.env.split("-")[0], 4)
+    _refuse_combinations(cfg)
+
+
+def _refuse_combinations(cfg: DictConfig) -> None:
+    refused = {
+        "backprop": (
+            cfg.scoring == "gradient" and cfg.backprop is not None,
+            "null with scoring=gradient, where the loss's own draw carries the gradient",
+        ),
+        "routing": (
+            cfg.scoring == "gradient" and cfg.routing == "marginal",
+            "one of frequency, soft_frequency, none with scoring=gradient",
+        ),
+        "loss.routing_loss": (
+            cfg.scoring == "gradient" and cfg.loss.routing_loss != "brier",
+            "brier with scoring=gradient",
+        ),
+        "loss.num_proposals": (
+            cfg.scoring == "gradient" and cfg.loss.num_proposals != 1,
+            "1 with scoring=gradient",
+        ),
+        "acting": (
+            cfg.policy == "gaussian" and cfg.acting == "best_of_experts",
+            "policy with policy=gaussian, which has one expert",
+        ),
+        "optim.router_lr": (
+            cfg.policy == "gaussian" and cfg.optim.router_lr is not None,
+            "null with policy=gaussian, which has no router",
+        ),
+        "logger.eval_expert": (
+            cfg.acting == "best_of_experts" and cfg.logger.eval_expert != "largest",
+            "largest or null with acting=best_of_experts, which takes the critics' choice",
+        ),
+        "network.log_std_min": (
+            cfg.network.log_std_min >= cfg.network.log_std_max,
+            f"below network.log_std_max={cfg.network.log_std_max}",
+        ),
+        "collector.frames_per_batch": (
+            cfg.collector.frames_per_batch % cfg.collector.env_per_collector != 0,
+            f"a multiple of collector.env_per_collector={cfg.collector.env_per_collector}",
+        ),
+    }
+    for key, (bad, allowed) in refused.items():
+        if bad:
+            raise UsageError(f"{key}={OmegaConf.select(cfg, key)}: must be {allowed}")
+
+
+# --------------------------------------------------------------------------------------------- parts
+
+
+def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> ProbabilisticActor:
+    """The policy: a :class:`~torchrl_pmoe.PMOEActor`, or TorchRL's own TanhNormal actor of the same size."""
+    net = cfg.network
+    if cfg.policy == "pmoe":
+        distribution_kwargs: dict[str, Any] = {"score": cfg.score}
+        if cfg.scoring == "gradient":
+            distribution_kwargs.update(routing=cfg.routing, routing_coef=cfg.loss.routing_coef)
+        return PMOEActor(
+            cfg.num_experts,
+            spec=spec,
+            in_features=observation_size,
+            num_cells=tuple(net.hidden_sizes),
+            activation_class=common.ACTIVATIONS[net.activation],
+            router=net.router,
+            distribution_kwargs=distribution_kwargs,
+            scale_mapping=ClampedExp(net.log_std_min, net.log_std_max),
+            init=net.head_init,
+            device=cfg.device,
+        )
+    add_custom_mapping("clamped_exp", ClampedExp(net.log_std_min, net.log_std_max))
+    mlp = MLP(
+        in_features=observation_size,
+        out_features=2 * spec.shape[-1],
+        num_cells=list(net.hidden_sizes),
+        activation_class=common.ACTIVATIONS[net.activation],
+        device=cfg.device,
+    )
+    for parameter in mlp[-1].parameters():
+        nn.init.uniform_(parameter, -net.head_init, net.head_init)
+    return ProbabilisticActor(
+        TensorDictModule(
+            nn.Sequential(mlp, NormalParamExtractor("clamped_exp", scale_lb=0.0)), ["observation"], ["loc", "scale"]
+        ),
+        in_keys=["loc", "scale"],
+        spec=spec.to(cfg.device),
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": spec.space.low.to(cfg.device), "high": spec.space.high.to(cfg.device)},
+        default_interaction_type=ExplorationType.RANDOM,
+    )
+
+
+def build_qvalue(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> ValueOperator:
+    """A critic over observation and action."""
+    return ValueOperator(
+        MLP(
+            in_features=observation_size + spec.shape[-1],
+            out_features=1,
+            num_cells=list(cfg.network.hidden_sizes),
+            activation_class=common.ACTIVATIONS[cfg.network.activation],
+            device=cfg.device,
+        ),
+        in_keys=["observation", "action"],
+    )
+
+
+def build_loss(cfg: DictConfig, actor: ProbabilisticActor, qvalue: ValueOperator) -> SACLoss:
+    """``PMOESACLoss`` where the critics score the experts, else TorchRL's unmodified ``SACLoss``."""
+    kwargs: dict[str, Any] = {
+        "num_qvalue_nets": 2,
+        "loss_function": cfg.optim.loss_function,
+        "alpha_init": cfg.optim.alpha_init,
+        "fixed_alpha": cfg.optim.fixed_alpha,
+        "target_entropy": cfg.optim.target_entropy,
+    }
+    if cfg.policy == "pmoe" and cfg.scoring == "critic":
+        loss = PMOESACLoss(actor, qvalue, routing=cfg.routing, backprop=cfg.backprop, **cfg.loss, **kwargs)
+    else:
+        loss = SACLoss(actor, qvalue, **kwargs)
+    loss.make_value_estimator(gamma=cfg.optim.gamma)
+    return loss
+
+
+def build_replay_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
+    """A buffer of single steps, uniform or prioritised."""
+    size, scratch_dir = cfg.replay_buffer.size, cfg.replay_buffer.scratch_dir
+    if scratch_dir is None:
+        storage = LazyTensorStorage(size)
+    else:
+        storage = LazyMemmapStorage(size, scratch_dir=scratch_dir)
+    if cfg.replay_buffer.prb:
+        return TensorDictPrioritizedReplayBuffer(
+            alpha=0.7, beta=0.5, storage=storage, batch_size=cfg.optim.batch_size
+        )
+    return TensorDictReplayBuffer(storage=storage, batch_size=cfg.optim.batch_size)
+
+
+def build_optimizer(cfg: DictConfig, loss: SACLoss, actor: ProbabilisticActor) -> torch.optim.Optimizer:
+    """One Adam for policy, critics and temperature; the router may have a rate of its own."""
+    optim = cfg.optim
+    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    groups = [{"params": parameters}]
+    if optim.router_lr is not None:
+        router = {id(p) for p in actor.router_parameters()}
+        groups = [
+            {"params": [p for p in parameters if id(p) not in router]},
+            {"params": [p for p in parameters if id(p) in router], "lr": optim.router_lr},
+        ]
+    return torch.optim.Adam(
+        groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True
+    )
+
+
+def build_collector(cfg: DictConfig, env: EnvBase, policy: TensorDictModuleBase) -> Collector:
+    """Collects batches of frames with the policy that is being trained, random actions first."""
+    return Collector(
+        env,
+        policy,
+        frames_per_batch=min(
+            cfg.collector.frames_per_batch,
+            -(-cfg.total_frames // cfg.collector.env_per_collector) * cfg.collector.env_per_collector,
+        ),
+        total_frames=-1,
+        init_random_frames=cfg.collector.init_random_frames,
+        policy_device=cfg.device,
+        env_device="cpu",
+        storing_device="cpu",
+        exploration_type=ExplorationType.RANDOM,
+        track_traj_ids=False,
+        trust_policy=True,
+        auto_register_policy_transforms=False,
+    )
+
+
+class Critics:
+    """The critics of a loss, as a function of states and actions.
+
+    Args:
+        loss: its ``qvalue_network`` and parameters are read, never copied.
+    """
+
+    def __init__(self, loss: SACLoss) -> None:
+        self.loss = loss
+
+    @torch.no_grad()
+    def __call__(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Values ``[num_critics, *B]`` of ``action`` ``[*B, A]`` in the states ``observation`` ``[*B, O]``."""
+        network = self.loss.qvalue_network
+        values = []
+        for params in self.loss.qvalue_network_params.data.unbind(0):
+            with params.to_module(network, preserve_module_state=False):
+                values.append(network(observation, action).squeeze(-1))
+        return torch.stack(values)
+
+    def of_proposals(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Values ``[num_critics, *B, K]`` of one proposal ``[*B, K, A]`` per expert."""
+        return self(observation.unsqueeze(-2).expand(*action.shape[:-1], -1), action)
+
+
+class MeanOfDrawnExpert(TensorDictModuleBase):
+    """Draws an expert from the router and acts on its mean: the authors' evaluation.
+
+    Args:
+        actor: a mixture policy.
+    """
+
+    def __init__(self, actor: ProbabilisticActor) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = ["observation"], ["action"]
+        self.actor = actor
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``action``."""
+        dist = self.actor.get_dist(tensordict)
+        index = dist.sample_expert()[..., None, None]
+        return tensordict.set("action", dist.expert_mode.take_along_dim(index, -2).squeeze(-2))
+
+
+def build_policies(
+    cfg: DictConfig, actor: ProbabilisticActor, loss: SACLoss
+) -> tuple[TensorDictModuleBase, TensorDictModuleBase]:
+    """What explores, and what is evaluated."""
+    if cfg.acting == "best_of_experts":
+        critics = Critics(loss)
+        policy = BestOfExpertsActor(
+            actor, lambda states, action: critics.of_proposals(states["observation"], action).amin(0)
+        )
+        return policy, policy
+    if cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn":
+        return actor, MeanOfDrawnExpert(actor)
+    return actor, actor
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+def diagnose(
+    cfg: DictConfig, actor: ProbabilisticActor, loss: SACLoss, buffer: TensorDictReplayBuffer
+) -> dict[str, float]:
+    """Diagnostics of the policy on states from the replay buffer."""
+    with torch.no_grad(), common.isolated_rng(cfg.seed):
+        states = buffer[torch.randint(len(buffer), (DIAGNOSED_STATES,))].select("observation").to(cfg.device)
+        dist = actor.get_dist(states)
+        space = actor.spec["action"].space
+        share = saturation(dist.sample(), space.low, space.high)
+        if cfg.policy == "gaussian":
+            return {"saturation": share.item()}
+        critics = Critics(loss)
+        found = mixture_diagnostics(dist, lambda action: critics.of_proposals(states["observation"], action))
+    usage = found.pop("usage").tolist()
+    row = {key: value.item() for key, value in found.items()}
+    return {**row, "saturation": share.item(), **{f"usage_{k}": value for k, value in enumerate(usage)}}
+
+
+LOSS_COLUMNS = ("loss_actor", "loss_qvalue", "loss_alpha", "loss_routing", "alpha", "entropy")
+
+
+def build_evaluation(
+    cfg: DictConfig,
+    evaluator: Evaluator,
+    recorder: RunRecorder,
+    stepper: MeanLossStepper,
+    actor: ProbabilisticActor,
+    loss: SACLoss,
+    buffer: TensorDictReplayBuffer,
+    logger: Logger | None,
+) -> PeriodicEvaluation:
+    """The hook that evaluates and writes a row of ``metrics.csv``."""
+
+    def evaluate(frames: int) -> None:
+        row = recorder.clock(frames)
+        with recorder.paused():
+            returns = evaluator()
+            means = stepper.means()
+            row["return_mean"] = returns.mean().item()
+            row["return_std"] = returns.std(correction=0).item()
+            row.update({key: means.get(key, float("nan")) for key in LOSS_COLUMNS})
+            row.update(diagnose(cfg, actor, loss, buffer))
+            stepper.reset()
+            recorder.write(row)
+            if logger is not None:
+                for key, value in row.items():
+                    logger.log_scalar(key, value, step=frames)
+
+    return PeriodicEvaluation(evaluate, cfg.logger.eval_interval)
+
+
+def build_trainer(
+    cfg: DictConfig,
+    collector: Collector,
+    loss: SACLoss,
+    optimizer: torch.optim.Optimizer,
+    buffer: TensorDictReplayBuffer,
+    run_dir: Path,
+) -> Trainer:
+    """TorchRL's trainer with the hooks of off-policy learning, and checkpoints."""
+    checkpoint = Checkpoint(rng=GlobalRNGState())
+    trainer = Trainer(
+        collector=collector,
+        total_frames=cfg.total_frames,
+        frame_skip=1,
+        optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * collector.requested_frames_per_batch)),
+        loss_module=loss,
+        optimizer=optimizer,
+        optimization_stepper=MeanLossStepper(),
+        replay_buffer=buffer,
+        target_net_updater=SoftUpdate(loss, eps=cfg.optim.target_update_polyak),
+        progress_bar=False,
+        # the trainer saves once more frames than this have passed
+        save_trainer_interval=cfg.checkpoint.interval - 1,
+        checkpoint=checkpoint,
+        checkpoint_rotation=CheckpointRotation(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
+        auto_log_optim_steps=False,
+    )
+    FiniteBatch([("next", "observation"), ("next", "reward")]).register(trainer)
+    SelectKeys(STORED).register(trainer)
+    device = None if cfg.device == "cpu" else cfg.device
+    replay = ReplayBufferTrainer(buffer, flatten_tensordicts=True, device=device)
+    trainer.register_op("batch_process", replay.extend)
+    trainer.register_op("process_optim_batch", replay.sample)
+    if cfg.replay_buffer.prb:
+        with warnings.catch_warnings():
+            # "will be replaced by OptimizationStepper": ours calls this hook
+            warnings.simplefilter("ignore", FutureWarning)
+            trainer.register_op("post_loss", replay.update_priority)
+    trainer.register_op("post_optim", TargetNetUpdaterHook(trainer.target_net_updater))
+    FiniteLoss(trainer.optimization_stepper).register(trainer)
+    return trainer
+
+
+def train(cfg: DictConfig, run_dir: Path) -> None:
+    """Run one training from a resolved config and leave its records in ``run_dir``."""
+    env = common.make_env(
+        cfg.env, cfg.seed, cfg.collector.env_per_collector, parallel=cfg.collector.parallel
+    )
+    OmegaConf.save(cfg, run_dir / "config.yaml")
+    common.seed_everything(cfg.seed)
+    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
+    actor = build_actor(cfg, spec, observation_size)
+    loss = build_loss(cfg, actor, build_qvalue(cfg, spec, observation_size))
+    buffer = build_replay_buffer(cfg)
+    explorer, evaluated = build_policies(cfg, actor, loss)
+    collector = build_collector(cfg, env, explorer)
+    trainer = build_trainer(cfg, collector, loss, build_optimizer(cfg, loss, actor), buffer, run_dir)
+    evaluator = Evaluator(
+        cfg.env,
+        evaluated,
+        episodes=cfg.logger.eval_episodes,
+        max_steps=cfg.logger.eval_max_steps,
+        seed=cfg.seed + 1_000_000,
+        device=cfg.device,
+    )
+    recorder = RunRecorder(run_dir, title=f"SAC, {cfg.policy}, {cfg.env}, seed {cfg.seed}")
+    stepper = trainer.optimization_stepper
+    logger = get_logger(
+        cfg.logger.backend or "",
+        str(run_dir / "logs"),
+        run_dir.name,
+        **{f"{cfg.logger.backend}_kwargs": {"project": cfg.logger.project_name}},
+    )
+    build_evaluation(cfg, evaluator, recorder, stepper, actor, loss, buffer, logger).register(trainer)
+
+    def status() -> dict[str, str]:
+        entropy = stepper.means().get("routing_entropy", recorder.last.get("routing_entropy"))
+        shown = {"return": recorder.last.get("return_mean"), "routing entropy": entropy}
+        return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
+
+    if not cfg.checkpoint.replay_buffer:
+        trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - {"replay_buffer"}
+    bar = ProgressBar(cfg.total_frames, status, disable=not cfg.logger.progress_bar)
+    bar.register(trainer)
+    with closing(bar), closing(evaluator):
+        try:
+            trainer.train()
+        finally:
+            recorder.plot()
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="sac_pmoe")
+def main(cfg: DictConfig) -> None:
+    """Check the config, then train."""
+    with common.refused_run_removed():
+        resolve_config(cfg)
+        common.make_gym(cfg.env).close()
+    torchrl_logger.setLevel("WARNING")
+    # a check of every distribution's parameters costs more than drawing from it
+    torch.distributions.Distribution.set_default_validate_args(False)
+    if cfg.optim.num_threads is not None:
+        torch.set_num_threads(cfg.optim.num_threads)
+    train(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    common.launch(main, RULES)
