@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_pmoe.trainers import NonFiniteError
@@ -66,9 +66,7 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
-def number(
-    above: float | None = None, at_least: float | None = None, at_most: float | None = None
-) -> Rule:
+def number(above: float | None = None, at_least: float | None = None, at_most: float | None = None) -> Rule:
     """A finite number between the given bounds."""
 
     def parse(value: Any) -> float:
@@ -168,7 +166,7 @@ def check_config(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
         UsageError: on the first key that is unknown, missing or holds what its rule does not allow.
     """
     values = dict(_leaves(cfg, rules))
-    for key in [*rules, *values]:
+    for key in [*values, *rules]:
         if key not in rules:
             raise UsageError(unknown_key(key, values[key], rules))
         if key not in values:
@@ -183,7 +181,7 @@ def check_config(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
 def _leaves(cfg: DictConfig, rules: Mapping[str, Rule]) -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; what has a rule of its own is not looked into."""
     try:
-        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UsageError(" ".join(str(error).split())) from None
 
@@ -202,51 +200,63 @@ def unknown_key(key: str, value: Any, known: Sequence[str] | Mapping[str, Any]) 
     """The line for a key that does not exist."""
     close = difflib.get_close_matches(key, list(known), n=3, cutoff=0.6)
     group = [name for name in known if name.startswith(f"{key.split('.')[0]}.")]
+    if "." not in key and group:
+        return f"{key}={value}: is a group of keys; allowed are {', '.join(group)}"
     allowed = close or group or [name for name in known if "." not in name]
     return f"{key}={value}: no such key; {'did you mean' if close else 'allowed are'} {', '.join(allowed)}"
 
 
 def launch(main: Callable[[], None], rules: Mapping[str, Rule]) -> None:
-    """Run a ``hydra.main`` function; what the user got wrong ends in one line and exit status 2."""
+    """Run a ``hydra.main`` function; what Hydra refuses ends in one line and exit status 2."""
     # Hydra prints several lines and exits with 1, unless it is told to raise
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
-    except (UsageError, HydraException, OmegaConfBaseException) as error:
-        if not isinstance(error, UsageError):
-            error = UsageError(_hydra_line(str(error), rules))
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (HydraException, OmegaConfBaseException) as error:
+        _stop(_hydra_line(error, rules), 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _hydra_line(message: str, rules: Mapping[str, Rule]) -> str:
-    found = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", message)
-    if found is None:
-        return " ".join(line.strip() for line in message.splitlines() if "See https" not in line)
-    key = found[1].split("=")[0].lstrip("+~")
-    given = [arg.split("=", 1)[1] for arg in sys.argv[1:] if arg.lstrip("+~").startswith(f"{key}=")]
-    if key in rules:
-        return f"{key}={''.join(given[:1])}: {' '.join(message.split())}"
-    return unknown_key(key, "".join(given[:1]), rules)
+        _stop("interrupted", 130)
 
 
 @contextmanager
-def refused_run_removed() -> Iterator[None]:
-    """Take back the empty run directory that Hydra makes before a config is looked at."""
+def one_line_errors() -> Iterator[None]:
+    """End a run with one line on stderr: status 2 for a config that cannot be run, 1 for numbers gone bad.
+
+    Stands around the whole body of a ``hydra.main`` function, since Hydra has words of its own for every exception.
+    """
     try:
         yield
-    except UsageError:
-        path = Path(HydraConfig.get().runtime.output_dir)
-        while path != Path.cwd() and path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-            path = path.parent
-        raise
+    except UsageError as error:
+        _remove_empty(Path(HydraConfig.get().runtime.output_dir))
+        _stop(f"error: {error}", 2)
+    except NonFiniteError as error:
+        _stop(f"error: {error}", 1)
+
+
+def _stop(line: str, status: int) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def _hydra_line(error: Exception, rules: Mapping[str, Rule]) -> str:
+    if isinstance(error, OverrideParseException):
+        return f"error: {error.override}: must be written key=value"
+    message = " ".join(str(error).split())
+    found = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", message)
+    if found is None:
+        return f"error: {message}"
+    key = found[1].split("=")[0].lstrip("+~")
+    given = [arg.split("=", 1)[1] for arg in sys.argv[1:] if arg.lstrip("+~").startswith(f"{key}=")]
+    if key in rules or key.startswith("hydra."):
+        return f"error: {message}"
+    return f"error: {unknown_key(key, ''.join(given[:1]), rules)}"
+
+
+def _remove_empty(path: Path) -> None:
+    """Take back the empty run directory that Hydra makes before a config is looked at."""
+    while path != Path.cwd() and path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+        path = path.parent
 
 
 # ---------------------------------------------------------------------------------------- environments
@@ -287,9 +297,7 @@ def make_gym(name: str) -> gym.Env:
     # an environment's own constructor may raise anything
     except Exception as error:
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
-        raise UsageError(
-            f"env={name}: must be the id of an installed Gymnasium environment ({reason})"
-        ) from error
+        raise UsageError(f"env={name}: must be the id of an installed Gymnasium environment ({reason})") from error
     observation, action = env.observation_space, env.action_space
     allowed = None
     if not isinstance(action, gym.spaces.Box):
@@ -312,13 +320,13 @@ def _one_line(space: gym.Space) -> str:
     return " ".join(str(space).split())
 
 
-def make_env(name: str, seed: int, num_envs: int = 1, *, parallel: bool = False) -> EnvBase:
+def make_env(name: str, seed: int, num_envs: int = 1) -> EnvBase:
     """A seeded TorchRL environment of Gymnasium's ``name``, in float32."""
 
     def single() -> EnvBase:
         return TransformedEnv(GymWrapper(make_gym(name)), DoubleToFloat())
 
-    env = single() if num_envs == 1 else (ParallelEnv if parallel else SerialEnv)(num_envs, single)
+    env = single() if num_envs == 1 else SerialEnv(num_envs, single)
     env.set_seed(seed)
     return env
 
@@ -326,7 +334,8 @@ def make_env(name: str, seed: int, num_envs: int = 1, *, parallel: bool = False)
 def seed_everything(seed: int) -> None:
     """Seed the global generators of PyTorch and NumPy."""
     torch.manual_seed(seed)
-    np.random.seed(seed)
+    # environments may still draw from NumPy's global generator
+    np.random.seed(seed)  # noqa: NPY002
 
 
 class Evaluator:
@@ -394,15 +403,10 @@ class Evaluator:
 
 @contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
-    """Draw from generators seeded with ``seed``, and put PyTorch's and NumPy's back afterwards."""
-    state = np.random.get_state()
+    """Draw from PyTorch generators seeded with ``seed``, and put the run's own back afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)
+        yield
 
 
 # ------------------------------------------------------------------------------------------- recording

@@ -86,7 +86,6 @@ RULES: dict[str, Rule] = {
     "collector.frames_per_batch": integer(1),
     "collector.init_random_frames": integer(0),
     "collector.env_per_collector": integer(1),
-    "collector.parallel": flag(),
     "replay_buffer.size": integer(1),
     "replay_buffer.prb": flag(),
     "replay_buffer.scratch_dir": either(text(), None),
@@ -270,14 +269,16 @@ def build_loss(cfg: DictConfig, actor: ProbabilisticActor, qvalue: ValueOperator
 def build_replay_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
     """A buffer of single steps, uniform or prioritised."""
     size, scratch_dir = cfg.replay_buffer.size, cfg.replay_buffer.scratch_dir
-    if scratch_dir is None:
-        storage = LazyTensorStorage(size)
-    else:
-        storage = LazyMemmapStorage(size, scratch_dir=scratch_dir)
+    storage = LazyTensorStorage(size) if scratch_dir is None else LazyMemmapStorage(size, scratch_dir=scratch_dir)
     if cfg.replay_buffer.prb:
-        return TensorDictPrioritizedReplayBuffer(
-            alpha=0.7, beta=0.5, storage=storage, batch_size=cfg.optim.batch_size
-        )
+        try:
+            return TensorDictPrioritizedReplayBuffer(
+                alpha=0.7, beta=0.5, storage=storage, batch_size=cfg.optim.batch_size
+            )
+        except RuntimeError as error:
+            raise UsageError(
+                "replay_buffer.prb=True: must be false where TorchRL's compiled extension does not load"
+            ) from error
     return TensorDictReplayBuffer(storage=storage, batch_size=cfg.optim.batch_size)
 
 
@@ -292,9 +293,7 @@ def build_optimizer(cfg: DictConfig, loss: SACLoss, actor: ProbabilisticActor) -
             {"params": [p for p in parameters if id(p) not in router]},
             {"params": [p for p in parameters if id(p) in router], "lr": optim.router_lr},
         ]
-    return torch.optim.Adam(
-        groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True
-    )
+    return torch.optim.Adam(groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True)
 
 
 def build_collector(cfg: DictConfig, env: EnvBase, policy: TensorDictModuleBase) -> Collector:
@@ -476,15 +475,13 @@ def build_trainer(
 
 def train(cfg: DictConfig, run_dir: Path) -> None:
     """Run one training from a resolved config and leave its records in ``run_dir``."""
-    env = common.make_env(
-        cfg.env, cfg.seed, cfg.collector.env_per_collector, parallel=cfg.collector.parallel
-    )
-    OmegaConf.save(cfg, run_dir / "config.yaml")
+    env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector)
     common.seed_everything(cfg.seed)
     spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     actor = build_actor(cfg, spec, observation_size)
     loss = build_loss(cfg, actor, build_qvalue(cfg, spec, observation_size))
     buffer = build_replay_buffer(cfg)
+    OmegaConf.save(cfg, run_dir / "config.yaml")
     explorer, evaluated = build_policies(cfg, actor, loss)
     collector = build_collector(cfg, env, explorer)
     trainer = build_trainer(cfg, collector, loss, build_optimizer(cfg, loss, actor), buffer, run_dir)
@@ -525,15 +522,14 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
 @hydra.main(version_base="1.3", config_path="config", config_name="sac_pmoe")
 def main(cfg: DictConfig) -> None:
     """Check the config, then train."""
-    with common.refused_run_removed():
+    with common.one_line_errors():
         resolve_config(cfg)
-        common.make_gym(cfg.env).close()
-    torchrl_logger.setLevel("WARNING")
-    # a check of every distribution's parameters costs more than drawing from it
-    torch.distributions.Distribution.set_default_validate_args(False)
-    if cfg.optim.num_threads is not None:
-        torch.set_num_threads(cfg.optim.num_threads)
-    train(cfg, Path(HydraConfig.get().runtime.output_dir))
+        torchrl_logger.setLevel("WARNING")
+        # a check of every distribution's parameters costs more than drawing from it
+        torch.distributions.Distribution.set_default_validate_args(False)
+        if cfg.optim.num_threads is not None:
+            torch.set_num_threads(cfg.optim.num_threads)
+        train(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":

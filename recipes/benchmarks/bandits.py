@@ -3,6 +3,7 @@
     python recipes/benchmarks/bandits.py                  # the whole table
     python recipes/benchmarks/bandits.py --fast           # two combinations, one problem, a few seconds
     python recipes/benchmarks/bandits.py --problems four_peaks --only weighted
+    python recipes/benchmarks/bandits.py --show recipes/results/bandits.csv
 
 What is trained is what a user trains: a :class:`PMOEActor` by ``PMOESACLoss.actor_loss``, or by TorchRL's own
 ``SACLoss.actor_loss`` where the routing is gradient-scored. The critic is the bandit's known value, the temperature is
@@ -20,8 +21,8 @@ import argparse
 import csv
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -69,10 +70,10 @@ class Setting:
         routing_loss: of the critic-scored frequencies.
     """
 
-    steps: int = 3000
-    batch: int = 128
+    steps: int = 2000
+    batch: int = 64
     lr: float = 1e-2
-    loc_spread: float = 0.5
+    loc_spread: float = 1.0
     routing_loss: Literal["brier", "log"] = "brier"
 
 
@@ -81,7 +82,7 @@ class Outcome:
     """One trained policy, one row of the CSV."""
 
     problem: str
-    scoring: str
+    scoring: Literal["critic", "gradient", "none"]
     routing: str
     backprop: str
     score: str
@@ -93,6 +94,11 @@ class Outcome:
     peaks: int
     mass_distance: float
     largest_weight: float
+
+    @property
+    def combination(self) -> Combination:
+        """How the policy was trained."""
+        return Combination(self.scoring, self.routing, self.backprop, self.score)
 
 
 SCORES = ("mixture", "expert")
@@ -137,6 +143,10 @@ class ParameterTable(nn.Module):
 
 class KnownValue(nn.Module):
     """The value of one bandit per row, in a critic's place."""
+
+    centres: Tensor
+    heights: Tensor
+    width: Tensor
 
     def __init__(self, bandits: Sequence[Bandit]) -> None:
         super().__init__()
@@ -247,16 +257,16 @@ def outcomes(
         largest = chunk[0].softmax(-1).amax(-1)
         found += [
             Outcome(
-                bandit.name,
-                *asdict(combination).values(),
-                seed,
-                report.objective[i].item(),
-                best.objective,
-                report.objective[i].item() / best.objective,
-                int(kept[i]),
-                len(bandit.centres),
-                distance[i].item(),
-                largest[i].item(),
+                problem=bandit.name,
+                **asdict(combination),
+                seed=seed,
+                objective=report.objective[i].item(),
+                optimum=best.objective,
+                share=report.objective[i].item() / best.objective,
+                peaks_kept=int(kept[i]),
+                peaks=len(bandit.centres),
+                mass_distance=distance[i].item(),
+                largest_weight=largest[i].item(),
             )
             for i, seed in enumerate(seeds)
         ]
@@ -265,19 +275,17 @@ def outcomes(
 
 def run(
     combinations: Sequence[Combination], bandits: Sequence[Bandit], seeds: Sequence[int], setting: Setting
-) -> list[Outcome]:
-    """Train and measure every combination on every bandit."""
+) -> Iterator[Outcome]:
+    """Train and measure every combination on every bandit; outcomes come as they are found."""
     groups: dict[tuple[int, int], list[Bandit]] = defaultdict(list)
     for bandit in bandits:
         groups[bandit.num_experts, bandit.action_size].append(bandit)
-    found = []
-    with tqdm(total=len(combinations) * len(groups) * setting.steps, unit="step", smoothing=0.01) as bar:
+    with tqdm(total=len(combinations) * len(groups) * setting.steps, unit="step", mininterval=1.0) as bar:
         for combination in combinations:
             bar.set_description(str(combination))
             for group in groups.values():
                 params = train(combination, group, seeds, setting, bar.update)
-                found += outcomes(combination, group, seeds, params)
-    return found
+                yield from outcomes(combination, group, seeds, params)
 
 
 def table(found: Sequence[Outcome]) -> str:
@@ -293,14 +301,13 @@ def table(found: Sequence[Outcome]) -> str:
             "| distance to the closed-form mass | largest weight |",
             "|---|---|---|---|---|---|",
         ]
-        names = dict.fromkeys(Combination(o.scoring, o.routing, o.backprop, o.score) for o in here)  # type: ignore[arg-type]
-        for name in names:
-            group = [o for o in here if Combination(o.scoring, o.routing, o.backprop, o.score) == name]  # type: ignore[arg-type]
+        for name in dict.fromkeys(o.combination for o in here):
+            group = [o for o in here if o.combination == name]
             shares = [o.share for o in group]
             kept = sorted({o.peaks_kept for o in group})
             lines.append(
                 f"| {name} | {mean(shares):.1%} ({min(shares):.1%}) "
-                f"| {'–'.join(str(n) for n in dict.fromkeys((kept[0], kept[-1])))} "
+                f"| {'-'.join(str(n) for n in dict.fromkeys((kept[0], kept[-1])))} "
                 f"| {sum(o.peaks_kept == o.peaks for o in group)} of {len(group)} "
                 f"| {mean(o.mass_distance for o in group):.2f} | {mean(o.largest_weight for o in group):.2f} |"
             )
@@ -308,15 +315,23 @@ def table(found: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(found: Sequence[Outcome], path: Path) -> None:
-    """One row a trained policy."""
+def recorded(found: Iterable[Outcome], path: Path) -> Iterator[Outcome]:
+    """Hand outcomes through and write each, as it comes, to a row of ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(found[0])))
+        writer = csv.DictWriter(file, [field.name for field in fields(Outcome)])
         writer.writeheader()
         for outcome in found:
-            row = asdict(outcome)
-            writer.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
+            writer.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in asdict(outcome).items()})
+            file.flush()
+            yield outcome
+
+
+def read(path: Path) -> list[Outcome]:
+    """What :func:`recorded` wrote."""
+    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Outcome)}
+    with path.open(newline="") as file:
+        return [Outcome(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Outcome]:
@@ -333,21 +348,28 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     parser.add_argument("--routing-loss", choices=("brier", "log"), default=default.routing_loss)
     parser.add_argument("--csv", type=Path, default=None, help=f"where rows go (default, unless --fast: {RESULTS})")
     parser.add_argument("--fast", action="store_true", help="paper and best combination, two equal peaks, 2 seeds")
+    parser.add_argument("--show", type=Path, default=None, help="print the tables of this CSV and train nothing")
     args = parser.parse_args(argv)
+    if args.show is not None:
+        if not args.show.is_file():
+            parser.error(f"--show={args.show}: there is no such file")
+        found = read(args.show)
+        print(table(found))
+        return found
     combinations = [c for c in COMBINATIONS if args.only in str(c)]
     if args.fast:
         combinations, args.problems, args.seeds = [PAPER, BEST], ["two_equal"], 2
-        args.steps, args.batch = min(args.steps, 1000), min(args.batch, 64)
+        args.steps = min(args.steps, 1000)
     if not combinations:
         parser.error(f"--only={args.only!r} matches no combination")
     if min(args.seeds, args.steps, args.batch) < 1:
         parser.error("--seeds, --steps and --batch must be at least 1")
     setting = Setting(args.steps, args.batch, args.lr, args.loc_spread, args.routing_loss)
-    found = run(combinations, [BANDITS[name] for name in args.problems], range(args.seeds), setting)
-    print(table(found))
+    stream = run(combinations, [BANDITS[name] for name in args.problems], range(args.seeds), setting)
     path = args.csv or (None if args.fast else RESULTS)
+    found = list(stream if path is None else recorded(stream, path))
+    print(table(found))
     if path is not None:
-        write_csv(found, path)
         print(f"Wrote {path}.")
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,13 @@ def _grid(limit: float, nodes: int, size: int) -> tuple[Tensor, float]:
     return torch.cartesian_prod(*[line] * size).reshape(-1, size), (2 * limit / (nodes - 1)) ** size
 
 
+def _draws(size: int) -> tuple[Tensor, Tensor]:
+    """Standard normal nodes ``[G, size]`` and their weights ``[G]``."""
+    noise, _ = _grid(*((8.0, 4001) if size == 1 else (6.0, 201)), size)
+    share = (-0.5 * noise.square().sum(-1)).exp()
+    return noise, share / share.sum()
+
+
 def _regions(bandit: Bandit, action: Tensor) -> tuple[Tensor, Tensor]:
     """Membership of ``action`` ``[*B, A]`` in every basin and in every peak, two tensors ``[*B, P]`` of 0 and 1."""
     centres = action.new_tensor(bandit.centres)
@@ -99,6 +107,7 @@ def _regions(bandit: Bandit, action: Tensor) -> tuple[Tensor, Tensor]:
     return basin.to(action.dtype), (basin & high).to(action.dtype)
 
 
+@lru_cache
 def solve(bandit: Bandit, alpha: float = ALPHA) -> Solution:
     """The best policy of ``bandit`` by quadrature over the actions."""
     action, volume = _grid(1.0, 40001 if bandit.action_size == 1 else 801, bandit.action_size)
@@ -121,17 +130,16 @@ def evaluate(bandit: Bandit, logits: Tensor, loc: Tensor, scale: Tensor, alpha: 
         alpha: temperature.
     """
     logits, loc, scale = logits.double(), loc.double(), scale.double()
-    noise, volume = _grid(*((8.0, 4001) if bandit.action_size == 1 else (6.0, 201)), bandit.action_size)
-    share = (-0.5 * noise.square().sum(-1)).exp()
-    share = share / share.sum()
+    noise, share = _draws(bandit.action_size)
     values, basins, peaks = [], [], []
     for row in range(len(logits)):
         latent = loc[row].unsqueeze(1) + scale[row].unsqueeze(1) * noise  # [K, G, A]
         action = latent.tanh()
-        density = _log_density(latent, logits[row], loc[row], scale[row])
-        values.append((bandit.value(action) - alpha * density) @ share)
+        log_weights = logits[row].log_softmax(-1)
+        log_prob = (log_weights + _component_log_prob(latent, loc[row], scale[row])).logsumexp(-1)
+        values.append((bandit.value(action) - alpha * log_prob) @ share)
         basin, peak = _regions(bandit, action)
-        weights = logits[row].softmax(-1)
+        weights = log_weights.exp()
         basins.append(torch.einsum("k,g,kgp->p", weights, share, basin))
         peaks.append(torch.einsum("k,g,kgp->p", weights, share, peak))
     expert_value = torch.stack(values)
@@ -139,16 +147,12 @@ def evaluate(bandit: Bandit, logits: Tensor, loc: Tensor, scale: Tensor, alpha: 
     return Report(objective, expert_value, torch.stack(basins), torch.stack(peaks))
 
 
-def _log_density(latent: Tensor, logits: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """Log-density of the squashed ``latent`` ``[*B, A]`` under one mixture, ``[*B]``."""
-    mixture = torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(logits=logits),
-        torch.distributions.Independent(torch.distributions.Normal(loc, scale), 1),
-        validate_args=False,
-    )
+def _component_log_prob(latent: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """Log-density of the squashed ``latent`` ``[*B, A]`` under each expert of one mixture, ``[*B, K]``."""
+    log_normal = torch.distributions.Normal(loc, scale, validate_args=False).log_prob(latent.unsqueeze(-2)).sum(-1)
     # log(1 - tanh(u)^2) without underflow
     slope = 2.0 * (math.log(2.0) - latent - torch.nn.functional.softplus(-2.0 * latent)).sum(-1)
-    return mixture.log_prob(latent) - slope
+    return log_normal - slope.unsqueeze(-1)
 
 
 def router_gradient(logits: Tensor, expert_value: Tensor) -> Tensor:
@@ -163,11 +167,16 @@ def best_logits(bandit: Bandit, loc: Tensor, scale: Tensor, alpha: float = ALPHA
     ``J`` is concave in the weights, and ``w_k <- w_k exp(E_k[Q - alpha log pi] / alpha)``, renormalised, never lowers
     it.
     """
-    logits = torch.zeros(1, len(loc), dtype=torch.float64)
+    loc, scale = loc.double(), scale.double()
+    noise, share = _draws(bandit.action_size)
+    latent = loc.unsqueeze(1) + scale.unsqueeze(1) * noise
+    components = _component_log_prob(latent, loc, scale)
+    value = bandit.value(latent.tanh()) / alpha
+    logits = loc.new_zeros(len(loc)).log_softmax(-1)
     for _ in range(steps):
-        gain = evaluate(bandit, logits, loc.unsqueeze(0), scale.unsqueeze(0), alpha).expert_value / alpha
+        gain = (value - (logits + components).logsumexp(-1)) @ share
         new = (logits + gain).log_softmax(-1).clamp_min(-50.0)
-        if (new.softmax(-1) - logits.softmax(-1)).abs().max() < 1e-9:
+        if (new.exp() - logits.exp()).abs().max() < 1e-9:
             break
         logits = new
-    return new[0]
+    return logits

@@ -8,17 +8,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck
-from torch.distributions import Normal
-from torchrl.modules import TanhNormal
-
-from tests.distributions.reference import (
+from distributions.reference import (
     BOTH,
     expert_reference,
     make_params,
     normal_reference,
     tanh_reference,
 )
+from torch.autograd import gradcheck
+from torch.distributions import Normal
+from torchrl.modules import TanhNormal
+
 from torchrl_pmoe import NormalMixture, TanhNormalMixture
 
 PER_DIMENSION = (torch.tensor([-2.0, 0.0], dtype=torch.float64), torch.tensor([2.0, 0.5], dtype=torch.float64))
@@ -312,7 +312,7 @@ BAD_BOUNDS = [
 
 @pytest.mark.parametrize(("low", "high"), BAD_BOUNDS)
 def test_bad_bounds_are_refused(low, high):
-    with pytest.raises(ValueError, match="bound|low"):
+    with pytest.raises(ValueError, match=r"bound|low"):
         TanhNormalMixture(*make_params(3), low, high)
 
 

@@ -10,8 +10,8 @@ import torch
 from torchrl_pmoe import NormalMixture, TanhNormalMixture
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-LOCS = (-100.0, -3.0, 0.0, 3.0, 100.0)
-SCALES = (1e-6, 1e-3, 1.0, 30.0, 1e3)
+LOCS = (-100.0, 0.0, 3.0, 100.0)
+SCALES = (1e-6, 1e-3, 1.0, 1e3)
 LOGITS = (-1e4, 0.0, 1e4)
 
 
@@ -40,8 +40,8 @@ def _assert_finite(outputs, params):
     for output in outputs:
         assert output.isfinite().all()
     total = sum(output.float().sum() if output.dtype == torch.bfloat16 else output.sum() for output in outputs)
-    for name, grad in zip(("logits", "loc", "scale", "value"), torch.autograd.grad(total, params, allow_unused=True)):
-        assert grad is None or grad.isfinite().all(), name
+    for grad in torch.autograd.grad(total, params, allow_unused=True):
+        assert grad is None or grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,11 +78,12 @@ def test_draws_are_finite(dtype, cls, score, routing, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("coef", [1e-12, 1e6])
-def test_soft_routing_is_finite_under_tiny_and_huge_temperatures(dtype, coef, device):
+@pytest.mark.parametrize(("slope", "weight"), [(1.0, 1e-12), (1.0, 1e6), (1e30, 1e-30)])
+def test_soft_routing_is_finite_under_tiny_and_huge_temperatures(dtype, slope, weight, device):
     params = _extreme_mixtures(dtype, device)
     action, log_prob = TanhNormalMixture(*params, routing="soft_frequency").rsample_and_log_prob()
-    grads = torch.autograd.grad([action, log_prob], params, [torch.ones_like(action), coef * torch.ones_like(log_prob)])
+    slopes = (torch.full_like(action, slope), torch.full_like(log_prob, weight))
+    grads = torch.autograd.grad((action, log_prob), params, slopes)
     assert all(grad.isfinite().all() for grad in grads)
 
 

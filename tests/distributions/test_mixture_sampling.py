@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-from torch.autograd import gradcheck
-from torchrl.modules import TanhNormal
-
-from tests.distributions.reference import (
+from distributions.reference import (
     BOTH,
     expert_reference,
     make_params,
     normal_reference,
     tanh_reference,
 )
+from scipy import stats
+from torch.autograd import gradcheck
+from torchrl.modules import TanhNormal
+
 from torchrl_pmoe import NormalMixture, TanhNormalMixture
 
 # A sample of the right distribution is refused about once in a thousand seeds; the seed is fixed.
@@ -66,7 +66,8 @@ def test_dimensions_of_a_draw_come_from_the_same_expert():
 
 
 def test_rows_of_a_batch_are_drawn_independently():
-    dist = NormalMixture(torch.zeros(4000, 2), torch.tensor([[-10.0], [10.0]]).expand(4000, 2, 1), torch.ones(4000, 2, 1))
+    loc = torch.tensor([[-10.0], [10.0]]).expand(4000, 2, 1)
+    dist = NormalMixture(torch.zeros(4000, 2), loc, torch.ones_like(loc))
     expert = (dist.sample().squeeze(-1) > 0).numpy()
     table = np.array([[np.sum((expert[::2] == a) & (expert[1::2] == b)) for b in (0, 1)] for a in (0, 1)])
     assert stats.chi2_contingency(table).pvalue > SIGNIFICANCE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class NormalMixture(Distribution):
         (torch.Size([3, 4]), torch.Size([3]))
     """
 
-    arg_constraints = {
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "logits": constraints.real_vector,
         "loc": constraints.independent(constraints.real, 2),
         "scale": constraints.independent(constraints.positive, 2),
@@ -110,9 +110,7 @@ class NormalMixture(Distribution):
         if score not in ("mixture", "expert"):
             raise ValueError(f"{name}: score={score!r} is unknown; allowed: mixture, expert.")
         if log_prob_routing not in ("exact", "frequency"):
-            raise ValueError(
-                f"{name}: log_prob_routing={log_prob_routing!r} is unknown; allowed: exact, frequency."
-            )
+            raise ValueError(f"{name}: log_prob_routing={log_prob_routing!r} is unknown; allowed: exact, frequency.")
         if not temperature > 0:
             raise ValueError(f"{name}: temperature={temperature!r} must be positive.")
         self.routing = check_routing(
@@ -230,9 +228,7 @@ class NormalMixture(Distribution):
         if self.log_prob_routing == "exact":
             return (log_weight + log_density).logsumexp(-1)
         log_joint = log_weight.detach() + log_density
-        return frequency_log_prob(
-            log_joint.logsumexp(-1), self.logits.expand(log_joint.shape), log_joint.detach()
-        )
+        return frequency_log_prob(log_joint.logsumexp(-1), self.logits.expand(log_joint.shape), log_joint.detach())
 
     # ------------------------------------------------------------------ samples
 

@@ -75,7 +75,10 @@ def check_routing(
     supported = tuple(supported)
     allowed = ", ".join(member.value for member in supported)
     try:
-        member = RoutingGradient(routing.lower() if isinstance(routing, str) else routing)
+        if isinstance(routing, RoutingGradient):  # first, because the compiler cannot trace lower() of a member
+            member = routing
+        else:
+            member = RoutingGradient(routing.lower() if isinstance(routing, str) else routing)
     except ValueError:
         raise ValueError(f"{owner}: routing={routing!r} is unknown; allowed: {allowed}.") from None
     if member in tuple(planned):

@@ -369,9 +369,7 @@ class BestOfExpertsActor(TensorDictModuleBase):
             of a loss, for instance :meth:`PMOESACLoss.score_proposals`.
     """
 
-    def __init__(
-        self, actor: ProbabilisticActor, score_proposals: Callable[[TensorDictBase, Tensor], Tensor]
-    ) -> None:
+    def __init__(self, actor: ProbabilisticActor, score_proposals: Callable[[TensorDictBase, Tensor], Tensor]) -> None:
         super().__init__()
         self.actor = actor
         self.score_proposals = score_proposals

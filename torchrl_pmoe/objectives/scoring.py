@@ -29,11 +29,11 @@ ROUTING_LOSSES = ("brier", "log")
 
 
 class _Scored(NamedTuple):
-    """Proposals ``[*M, *B, K]`` with their values: what the routing loss and the diagnostics read."""
+    """Values and log-densities ``[*M, *B, K]`` of the proposals: what the routing loss and the diagnostics read."""
 
     dist: NormalMixture
     value: Tensor
-    log_prob: Tensor | None
+    log_prob: Tensor  # zeros where the routing does not read it
 
 
 class CriticScoredSACLoss(SACLoss):
@@ -56,9 +56,7 @@ class CriticScoredSACLoss(SACLoss):
         if backprop not in BACKPROP:
             raise ValueError(f"{name}: backprop={backprop!r} is unknown; allowed: {', '.join(BACKPROP)}.")
         if routing_loss not in ROUTING_LOSSES:
-            raise ValueError(
-                f"{name}: routing_loss={routing_loss!r} is unknown; allowed: {', '.join(ROUTING_LOSSES)}."
-            )
+            raise ValueError(f"{name}: routing_loss={routing_loss!r} is unknown; allowed: {', '.join(ROUTING_LOSSES)}.")
         if isinstance(num_proposals, bool) or not isinstance(num_proposals, int) or num_proposals < 1:
             raise ValueError(f"{name}: num_proposals={num_proposals!r} must be an integer of at least 1.")
         self.routing = check_routing(
@@ -166,9 +164,10 @@ class CriticScoredSACLoss(SACLoss):
     ) -> tuple[Tensor, Tensor, _Scored]:
         with torch.no_grad():
             value = self._critic_value(tensordict, proposals.action)
-            index = value.argmax(-1) if self.backprop == "max" else dist.sample_expert(value.shape[: -1 - len(dist.batch_shape)])
+            draws = value.shape[: -1 - len(dist.batch_shape)]
+            index = value.argmax(-1) if self.backprop == "max" else dist.sample_expert(draws)
             needs_all = self.routing in (RoutingGradient.SOFT_FREQUENCY, RoutingGradient.MARGINAL)
-            density = proposals.log_prob() if needs_all else None
+            density = proposals.log_prob() if needs_all else torch.zeros_like(value)
         action, log_prob = proposals.select(index)
         loss = self._alpha * log_prob - self._critic_value(tensordict, action)
         return loss, log_prob, _Scored(dist, value, density)
@@ -189,10 +188,9 @@ class CriticScoredSACLoss(SACLoss):
         """Routing loss ``[*B]`` before its coefficient."""
         dist, value, log_prob = scored
         batch_dims = len(dist.batch_shape) + 1
-        draws = tuple(range(value.ndim - batch_dims))
 
         def over_draws(x: Tensor) -> Tensor:
-            return x.mean(draws) if draws else x
+            return x.mean(0) if x.ndim > batch_dims else x
 
         if self.routing is RoutingGradient.NONE:
             return value.new_zeros(dist.batch_shape)
@@ -219,6 +217,8 @@ class CriticScoredSACLoss(SACLoss):
             "expert_usage": probs.mean(0),
             "best_expert_value": scored.value.amax(-1).mean(),
         }
+
+    _out_keys: list[str] | None
 
     @property
     def out_keys(self) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torchrl_pmoe.distributions import NormalMixture
+
 __all__ = ["mixture_diagnostics", "saturation"]
 
 
@@ -18,14 +20,13 @@ def saturation(action: Tensor, low: Tensor, high: Tensor, threshold: float = 0.9
 
 @torch.no_grad()
 def mixture_diagnostics(
-    dist: torch.distributions.Distribution,
+    dist: NormalMixture,
     qvalues: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Diagnostics of a mixture policy over a batch of states.
 
     Args:
-        dist: a :class:`~torchrl_pmoe.TanhNormalMixture` or :class:`~torchrl_pmoe.NormalMixture` of batch
-            shape ``[B]``.
+        dist: a mixture of batch shape ``[B]``.
         qvalues: maps proposals ``[B, K, A]`` to the critics' values ``[num_critics, B, K]``.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ class NonFiniteError(RuntimeError):
 
 
 class _StatelessHook(TrainerHookBase):
+    _trainer: Trainer
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -40,6 +43,7 @@ class FiniteBatch(_StatelessHook):
         self._frames = 0
 
     def __call__(self, batch: TensorDictBase) -> None:
+        """Look at a collected batch."""
         for key in self.keys:
             if not batch.get(key).isfinite().all():
                 name = key if isinstance(key, str) else ".".join(key)
@@ -57,16 +61,16 @@ class FiniteBatch(_StatelessHook):
 class FiniteLoss(_StatelessHook):
     """Stops the run with :class:`NonFiniteError` when a loss has left the finite numbers.
 
-    The means of the stepper are read once per collected batch, not once per update.
+    The sums of the stepper are read once per collected batch, not once per update.
     """
 
     def __init__(self, stepper: MeanLossStepper) -> None:
         self.stepper = stepper
-        self._trainer: Trainer | None = None
 
     def __call__(self) -> None:
-        bad = [key for key, value in self.stepper.means().items() if not abs(value) < float("inf")]
-        if bad:
+        """Look at the sums of the losses."""
+        if not self.stepper.finite():
+            bad = [key for key, value in self.stepper.means().items() if not abs(value) < float("inf")]
             raise NonFiniteError(
                 f"{', '.join(bad)} became NaN or infinite before frame {self._trainer.collected_frames}: "
                 "the run stops here"
@@ -90,9 +94,9 @@ class PeriodicEvaluation(_StatelessHook):
         self.evaluate = evaluate
         self.interval = interval
         self._last = 0
-        self._trainer: Trainer | None = None
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
+        """Evaluate if it is time."""
         frames = self._trainer.collected_frames
         if frames // self.interval > self._last // self.interval or frames >= self._trainer.total_frames:
             self._last = frames
@@ -122,20 +126,24 @@ class ProgressBar(_StatelessHook):
         disable: show nothing.
     """
 
-    def __init__(
-        self, total_frames: int, status: Callable[[], dict[str, str]], *, disable: bool = False
-    ) -> None:
+    def __init__(self, total_frames: int, status: Callable[[], dict[str, str]], *, disable: bool = False) -> None:
         self.status = status
         # a log file gets a line now and then, a terminal a bar that moves
         interval = 0.2 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(total=total_frames, unit="frames", mininterval=interval, disable=disable)
+        self._shown = 0.0
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
-        self._bar.set_postfix(self.status(), refresh=False)
+        """Move on by a collected batch."""
+        now = time.monotonic()
+        if now - self._shown >= self._bar.mininterval:
+            self._shown = now
+            self._bar.set_postfix(self.status(), refresh=False)
         self._bar.update(0 if batch is None else batch.numel())
 
     def close(self) -> None:
         """Leave the bar as it stands."""
+        self._bar.set_postfix(self.status(), refresh=False)
         self._bar.close()
 
     def register(self, trainer: Trainer, name: str = "progress_bar") -> None:

@@ -44,6 +44,10 @@ class MeanLossStepper(OptimizationStepper):
         self._sum = values if self._sum is None else self._sum.add_(values)
         self._count += 1
 
+    def finite(self) -> bool:
+        """Whether every scalar output of the loss has been a finite number since :meth:`reset`."""
+        return self._sum is None or bool(self._sum.isfinite().all())
+
     def means(self) -> dict[str, float]:
         """Mean of every scalar output of the loss since :meth:`reset` (empty before the first update)."""
         if self._sum is None:
