@@ -83,7 +83,7 @@ RULES: dict[str, Rule] = {
     "optim.fixed_alpha": flag(),
     "optim.target_entropy": either(number(), "auto"),
     "optim.num_threads": either(integer(1), None),
-    "collector.frames_per_batch": integer(1),
+    "collector.frames_per_batch": either(integer(1), None),
     "collector.init_random_frames": integer(0),
     "collector.env_per_collector": integer(1),
     "replay_buffer.size": integer(1),
@@ -144,10 +144,13 @@ def resolve_config(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, fills[key])
     if cfg.num_experts is None:
         cfg.num_experts = PAPER_NUM_EXPERTS.get(cfg.env.split("-")[0], 4)
+    if cfg.collector.frames_per_batch is None:
+        cfg.collector.frames_per_batch = cfg.collector.env_per_collector
     _refuse_combinations(cfg)
 
 
 def _refuse_combinations(cfg: DictConfig) -> None:
+    steps = cfg.optim.utd_ratio * cfg.collector.frames_per_batch
     refused = {
         "backprop": (
             cfg.scoring == "gradient" and cfg.backprop is not None,
@@ -184,6 +187,10 @@ def _refuse_combinations(cfg: DictConfig) -> None:
         "collector.frames_per_batch": (
             cfg.collector.frames_per_batch % cfg.collector.env_per_collector != 0,
             f"a multiple of collector.env_per_collector={cfg.collector.env_per_collector}",
+        ),
+        "optim.utd_ratio": (
+            steps < 1 or abs(steps - round(steps)) > 1e-6,
+            f"a whole number of steps per batch of collector.frames_per_batch={cfg.collector.frames_per_batch}",
         ),
     }
     for key, (bad, allowed) in refused.items():

@@ -46,7 +46,7 @@ def table(runs: dict[str, pd.DataFrame]) -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, data in runs.items():
         last = data.iloc[-1]
-        modes = " | ".join(f"{last[key]:.2f}" if key in last else "–" for key in MODES)
+        modes = " | ".join(f"{last[key]:.2f}" if key in last else "-" for key in MODES)
         lines.append(
             f"| {name} | {last['return_mean']:,.0f} ± {last['return_std']:,.0f} | {data['return_mean'].max():,.0f} "
             f"| {modes} | {data['frames_per_second'].median():.0f} |"

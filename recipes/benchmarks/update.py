@@ -14,9 +14,11 @@ import csv
 import platform
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 from torchrl_pmoe import PMOEActor, PMOESACLoss
 
+Backprop = Literal["max", "all", "routed", "weighted"]
 OBSERVATION, ACTION, BATCH, CELLS = 17, 6, 256, (256, 256)
 RESULTS = Path(__file__).parents[1] / "results" / "update.csv"
 
@@ -49,15 +52,15 @@ def pmoe(num_experts: int) -> PMOEActor:
     return PMOEActor(num_experts, spec=Bounded(-1, 1, (ACTION,)), in_features=OBSERVATION, num_cells=CELLS)
 
 
-def make_update(actor: ProbabilisticActor, backprop: str | None, device: str) -> Callable[[], None]:
+def make_update(actor: ProbabilisticActor, backprop: Backprop | None, device: str) -> Callable[[], None]:
     """One update as a function; ``backprop=None`` takes TorchRL's unmodified ``SACLoss``."""
     critic = ValueOperator(
         MLP(in_features=OBSERVATION + ACTION, out_features=1, num_cells=list(CELLS), activation_class=nn.ReLU),
         in_keys=["observation", "action"],
     )
-    kwargs = {"loss_function": "l2"}
+    kwargs: dict[str, Any] = {"loss_function": "l2"}
     if backprop is None:
-        loss = SACLoss(actor, critic, **kwargs)
+        loss: SACLoss = SACLoss(actor, critic, **kwargs)
     else:
         loss = PMOESACLoss(actor, critic, backprop=backprop, **kwargs)
     loss.make_value_estimator(gamma=0.99)
@@ -124,17 +127,17 @@ def main() -> None:
     torch.distributions.Distribution.set_default_validate_args(False)
     torch.set_num_threads(args.threads)
 
-    variants: dict[str, tuple[Callable[[], ProbabilisticActor], str | None]] = {
+    variants: dict[str, tuple[Callable[[], ProbabilisticActor], Backprop | None]] = {
         "SACLoss, TanhNormal": (gaussian, None),
-        "SACLoss, PMOEActor K=4 (gradient-scored)": (lambda: pmoe(4), None),
-        "PMOESACLoss, K=4, max": (lambda: pmoe(4), "max"),
-        "PMOESACLoss, K=4, routed": (lambda: pmoe(4), "routed"),
-        "PMOESACLoss, K=4, all": (lambda: pmoe(4), "all"),
-        "PMOESACLoss, K=4, weighted": (lambda: pmoe(4), "weighted"),
+        "SACLoss, PMOEActor K=4 (gradient-scored)": (partial(pmoe, 4), None),
+        "PMOESACLoss, K=4, max": (partial(pmoe, 4), "max"),
+        "PMOESACLoss, K=4, routed": (partial(pmoe, 4), "routed"),
+        "PMOESACLoss, K=4, all": (partial(pmoe, 4), "all"),
+        "PMOESACLoss, K=4, weighted": (partial(pmoe, 4), "weighted"),
     }
     for k in (1, 2, 8, 16, 32):
-        variants[f"SACLoss, PMOEActor K={k} (gradient-scored)"] = (lambda k=k: pmoe(k), None)
-        variants[f"PMOESACLoss, K={k}, max"] = (lambda k=k: pmoe(k), "max")
+        variants[f"SACLoss, PMOEActor K={k} (gradient-scored)"] = (partial(pmoe, k), None)
+        variants[f"PMOESACLoss, K={k}, max"] = (partial(pmoe, k), "max")
     updates = {name: make_update(actor(), backprop, args.device) for name, (actor, backprop) in variants.items()}
     seconds = measure(updates, args.rounds, args.block, args.device)
 

@@ -183,6 +183,23 @@ def test_samples_lie_in_the_support(low, high, dtype):
     assert dist.support.check(action).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("as_tensors", [True, False])
+def test_a_saturated_action_is_not_rounded_out_of_the_box(dtype, as_tensors):
+    """``half + middle`` rounds above ``high`` for about a third of these boxes."""
+    low, high = (torch.combinations(torch.arange(-20, 31) / 10).T[:, ::7]).to(dtype)
+    logits, loc = torch.zeros(2, dtype=dtype), 100 * torch.tensor([[-1.0], [1.0]], dtype=dtype)
+    if as_tensors:
+        loc = loc.expand(2, len(low))
+        modes = [TanhNormalMixture(logits, loc, torch.ones_like(loc), low, high).expert_mode]
+    else:
+        bounds = zip(low.tolist(), high.tolist(), strict=True)
+        modes = [TanhNormalMixture(logits, loc, torch.ones_like(loc), *pair).expert_mode for pair in bounds]
+    actions = torch.cat(modes, -1)
+    assert (actions >= low).all()
+    assert (actions <= high).all()
+
+
 @pytest.mark.parametrize("cls", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_output_has_the_dtype_of_loc_whatever_the_bounds(cls, dtype):

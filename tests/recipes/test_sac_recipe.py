@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import common
-import sac_pmoe
+import common  # noqa: E402
+import sac_pmoe  # noqa: E402
 
 SMALL = [
     "env=Pendulum-v1",
@@ -70,6 +70,7 @@ def test_run_directory_holds_config_metrics_checkpoints_and_plot(pmoe_run):
     run, _ = pmoe_run
     config = OmegaConf.load(run / "config.yaml")
     assert config.num_experts == 3
+    assert config.collector.frames_per_batch == 1
     assert None not in (config.scoring, config.routing, config.backprop, config.score, config.acting, config.device)
     assert (run / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert any((run / "checkpoints").iterdir())
@@ -100,7 +101,7 @@ def test_same_seed_gives_the_same_metrics(pmoe_run, tmp_path):
         ["preset=paper"],
         ["acting=best_of_experts", "backprop=weighted", "routing=soft_frequency", "loss.num_proposals=2"],
         ["routing=marginal", "backprop=all", "replay_buffer.scratch_dir=scratch", "collector.env_per_collector=2",
-         "collector.frames_per_batch=10"],
+         "collector.frames_per_batch=20"],
     ],
     ids=lambda args: args[0],
 )  # fmt: skip
@@ -108,6 +109,10 @@ def test_every_kind_of_run_ends_well(args, tmp_path):
     done = start(*SMALL, "hydra.run.dir=run", *args, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [row["frames"] for row in rows(tmp_path / "run")] == ["200", "400"]
+
+
+def test_batches_default_to_one_step_of_every_environment():
+    assert resolve("collector.env_per_collector=3").collector.frames_per_batch == 3
 
 
 def resolve(*overrides: str):
@@ -137,6 +142,7 @@ def resolve(*overrides: str):
         ("optim.lr=-1", "a number > 0"),
         ("logger.eval_interval=0", "an integer >= 1"),
         ("loss.routing_loss=foo", "one of brier, log"),
+        ("optim.utd_ratio=0.5", "a whole number of steps per batch"),
     ],
 )
 def test_bad_value_is_named_with_what_is_allowed(override, allowed):
@@ -202,7 +208,8 @@ def test_bad_input_ends_in_one_line_with_status_2_and_leaves_nothing(args, tmp_p
 
 @pytest.mark.parametrize("what", ["Reward", "Observation"])
 def test_nan_from_the_environment_stops_the_run_and_leaves_the_checkpoint_whole(what, tmp_path):
-    done = start(*SMALL, f"env=recipe_envs:Nan{what}-v0", "total_frames=10_000", "hydra.run.dir=run", directory=tmp_path)
+    env = f"env=recipe_envs:Nan{what}-v0"
+    done = start(*SMALL, env, "total_frames=10_000", "hydra.run.dir=run", directory=tmp_path)
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert message.startswith("error: ")

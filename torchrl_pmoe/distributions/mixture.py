@@ -346,7 +346,11 @@ class NormalMixture(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """``sum_k w_k E_k[a]``, ``[*B, A]``; behind a tanh by Gauss-Hermite quadrature."""
+        """``sum_k w_k E_k[a]``, ``[*B, A]``.
+
+        Behind a tanh by Gauss-Hermite quadrature with 64 nodes: within 1e-5 of the bounds' half-width up to a scale
+        of 2, within 2e-2 up to 7.
+        """
         return (self.probs.unsqueeze(-1) * self._expert_mean()).sum(-2)
 
 
@@ -378,27 +382,35 @@ class TanhNormalMixture(NormalMixture):
         **kwargs: Any,
     ) -> None:
         super().__init__(logits, loc, scale, **kwargs)
-        if isinstance(low, Tensor) or isinstance(high, Tensor):
-            low, high = (
-                bound.to(device=loc.device, dtype=loc.dtype) if isinstance(bound, Tensor) else loc.new_full((), bound)
-                for bound in (low, high)
-            )
-            for bound in (low, high):
-                if bound.shape not in ((), self.event_shape):
-                    raise ValueError(
-                        f"{type(self).__name__}: a bound must be a number or a tensor of shape "
-                        f"{tuple(self.event_shape)}, got {tuple(bound.shape)} for loc of shape {tuple(loc.shape)}."
-                    )
-            # a look at the values costs a synchronisation on an accelerator and a graph break under the compiler
-            if loc.device.type == "cpu" and not torch.compiler.is_compiling() and not (high > low).all():
-                raise ValueError(f"{type(self).__name__}: low must be below high, got {low} and {high}.")
-        else:
-            low, high = float(low), float(high)
-            if not low < high:
-                raise ValueError(f"{type(self).__name__}: low must be below high, got {low} and {high}.")
-        self.low, self.high = low, high
+        self.low, self.high = low, high = self._check_bounds(low, high)
         self._half = (high - low) / 2
         self._middle = (high + low) / 2
+
+    def _check_bounds(self, low: float | Tensor, high: float | Tensor) -> tuple[Any, Any]:
+        """Both bounds as floats, or both as tensors beside ``loc``."""
+        name, loc = type(self).__name__, self.loc
+        if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+            try:
+                low, high = float(low), float(high)
+            except TypeError:
+                raise ValueError(f"{name}: a bound must be a number or a tensor, got {low!r} and {high!r}.") from None
+            if not low < high:
+                raise ValueError(f"{name}: low must be below high, got {low} and {high}.")
+            return low, high
+        low, high = (
+            bound.to(device=loc.device, dtype=loc.dtype) if isinstance(bound, Tensor) else loc.new_full((), bound)
+            for bound in (low, high)
+        )
+        for bound in (low, high):
+            if bound.shape not in ((), self.event_shape):
+                raise ValueError(
+                    f"{name}: a bound must be a number or a tensor of shape {tuple(self.event_shape)}, "
+                    f"got {tuple(bound.shape)} for loc of shape {tuple(loc.shape)}."
+                )
+        # a look at the values costs a synchronisation on an accelerator and a graph break under the compiler
+        if loc.device.type == "cpu" and not torch.compiler.is_compiling() and not (high > low).all():
+            raise ValueError(f"{name}: low must be below high, got {low} and {high}.")
+        return low, high
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "low": self.low, "high": self.high}
@@ -418,7 +430,7 @@ class TanhNormalMixture(NormalMixture):
         else:
             action = action * self._half
         # rounding can put the sum one step outside
-        return (action + self._middle).clamp(self.low, self.high)  # type: ignore[arg-type]
+        return (action + self._middle).clamp(self.low, self.high)
 
     def _unsquash(self, value: Tensor) -> Tensor:
         limit = 1.0 - torch.finfo(value.dtype).eps / 2

@@ -129,14 +129,14 @@ class ProgressBar(_StatelessHook):
     def __init__(self, total_frames: int, status: Callable[[], dict[str, str]], *, disable: bool = False) -> None:
         self.status = status
         # a log file gets a line now and then, a terminal a bar that moves
-        interval = 0.2 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(total=total_frames, unit="frames", mininterval=interval, disable=disable)
+        self._interval = 0.2 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(total=total_frames, unit="frames", mininterval=self._interval, disable=disable)
         self._shown = 0.0
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
         """Move on by a collected batch."""
         now = time.monotonic()
-        if now - self._shown >= self._bar.mininterval:
+        if now - self._shown >= self._interval:
             self._shown = now
             self._bar.set_postfix(self.status(), refresh=False)
         self._bar.update(0 if batch is None else batch.numel())
