@@ -114,12 +114,13 @@ PAPER = {
 }
 DEFAULTS = {
     "scoring": "critic",
-    "routing": "frequency",
-    "backprop": "max",
+    "routing": "soft_frequency",
+    "backprop": "weighted",
     "score": "mixture",
     "acting": "policy",
     "logger.eval_expert": "largest",
 }
+GRADIENT_SCORED = {**DEFAULTS, "routing": "frequency", "backprop": None}
 PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
 STORED = ["observation", "action", *[("next", key) for key in ("observation", "reward", "done", "terminated")]]
 DIAGNOSED_STATES = 1000
@@ -137,9 +138,7 @@ def resolve_config(cfg: DictConfig) -> None:
         given = OmegaConf.select(cfg, key)
         if cfg.preset == "paper" and given not in (None, PAPER[key]):
             raise UsageError(f"{key}={given}: must be {PAPER[key]} or null with preset=paper")
-        fills = PAPER if cfg.preset == "paper" else DEFAULTS
-        if key == "backprop" and cfg.scoring == "gradient":
-            continue
+        fills = PAPER if cfg.preset == "paper" else GRADIENT_SCORED if cfg.scoring == "gradient" else DEFAULTS
         if given is None:
             OmegaConf.update(cfg, key, fills[key])
     if cfg.num_experts is None:

@@ -62,7 +62,8 @@ def make_update(actor: ProbabilisticActor, backprop: Backprop | None, device: st
     if backprop is None:
         loss: SACLoss = SACLoss(actor, critic, **kwargs)
     else:
-        loss = PMOESACLoss(actor, critic, backprop=backprop, **kwargs)
+        routing = "soft_frequency" if backprop == "weighted" else "frequency"
+        loss = PMOESACLoss(actor, critic, routing=routing, backprop=backprop, **kwargs)
     loss.make_value_estimator(gamma=0.99)
     loss.to(device)
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4, fused=True)
@@ -130,14 +131,14 @@ def main() -> None:
     variants: dict[str, tuple[Callable[[], ProbabilisticActor], Backprop | None]] = {
         "SACLoss, TanhNormal": (gaussian, None),
         "SACLoss, PMOEActor K=4 (gradient-scored)": (partial(pmoe, 4), None),
-        "PMOESACLoss, K=4, max": (partial(pmoe, 4), "max"),
-        "PMOESACLoss, K=4, routed": (partial(pmoe, 4), "routed"),
-        "PMOESACLoss, K=4, all": (partial(pmoe, 4), "all"),
-        "PMOESACLoss, K=4, weighted": (partial(pmoe, 4), "weighted"),
+        "PMOESACLoss, K=4, frequency / max": (partial(pmoe, 4), "max"),
+        "PMOESACLoss, K=4, frequency / routed": (partial(pmoe, 4), "routed"),
+        "PMOESACLoss, K=4, frequency / all": (partial(pmoe, 4), "all"),
+        "PMOESACLoss, K=4, soft frequency / weighted": (partial(pmoe, 4), "weighted"),
     }
     for k in (1, 2, 8, 16, 32):
         variants[f"SACLoss, PMOEActor K={k} (gradient-scored)"] = (partial(pmoe, k), None)
-        variants[f"PMOESACLoss, K={k}, max"] = (partial(pmoe, k), "max")
+        variants[f"PMOESACLoss, K={k}, frequency / max"] = (partial(pmoe, k), "max")
     updates = {name: make_update(actor(), backprop, args.device) for name, (actor, backprop) in variants.items()}
     seconds = measure(updates, args.rounds, args.block, args.device)
 
