@@ -285,7 +285,7 @@ def test_an_unbounded_expert_is_a_normal():
     torch.testing.assert_close(alone.log_prob(value), actor.get_dist(data).expert_log_prob(value)[:, 1])
 
 
-@pytest.mark.parametrize("k", [EXPERTS, -EXPERTS - 1, 100])
+@pytest.mark.parametrize("k", [EXPERTS, -1, 100])
 def test_an_expert_out_of_range_is_an_index_error(k):
     with pytest.raises(IndexError, match=f"expert {k} .* {EXPERTS} experts"):
         make_actor().expert(k)

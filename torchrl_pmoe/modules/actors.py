@@ -329,7 +329,7 @@ class PMOEActor(ProbabilisticActor):
         Raises:
             IndexError: if there is no expert ``k``.
         """
-        if not -self.num_experts <= k < self.num_experts:
+        if not 0 <= k < self.num_experts:
             raise IndexError(f"expert {k} is out of range for {self.num_experts} experts.")
         head = self[-1]
         bounded = issubclass(head.distribution_class, TanhNormalMixture)
