@@ -245,7 +245,7 @@ def test_random_exploration_is_the_default_and_can_be_changed():
 # ---------------------------------------------------------------------- one expert alone
 
 
-@pytest.mark.parametrize("k", [0, EXPERTS - 1, -1])
+@pytest.mark.parametrize("k", [0, EXPERTS - 1])
 def test_an_expert_is_a_tanh_normal_with_its_loc_and_scale(k):
     actor = make_actor(spec=SPECS["per dimension"][0], return_log_prob=True).double()
     data = observe(6).double()
