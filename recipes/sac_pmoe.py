@@ -139,7 +139,9 @@ def resolve_config(cfg: DictConfig) -> None:
         if cfg.preset == "paper" and given not in (None, PAPER[key]):
             raise UsageError(f"{key}={given}: must be {PAPER[key]} or null with preset=paper")
         fills = PAPER if cfg.preset == "paper" else GRADIENT_SCORED if cfg.scoring == "gradient" else DEFAULTS
-        if given is None:
+        if cfg.policy == "gaussian" and key != "acting":
+            OmegaConf.update(cfg, key, None)  # a sweep over policies may name them
+        elif given is None:
             OmegaConf.update(cfg, key, fills[key])
     if cfg.num_experts is None:
         cfg.num_experts = PAPER_NUM_EXPERTS.get(cfg.env.split("-")[0], 4)
@@ -216,7 +218,7 @@ def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> Pro
             router=net.router,
             distribution_kwargs=distribution_kwargs,
             scale_mapping=ClampedExp(net.log_std_min, net.log_std_max),
-            init=net.head_init,
+            head_init=net.head_init,
             device=cfg.device,
         )
     add_custom_mapping("clamped_exp", ClampedExp(net.log_std_min, net.log_std_max))
@@ -463,7 +465,7 @@ def build_trainer(
         checkpoint_rotation=CheckpointRotation(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
         auto_log_optim_steps=False,
     )
-    FiniteBatch([("next", "observation"), ("next", "reward")]).register(trainer)
+    FiniteBatch(["observation", ("next", "observation"), ("next", "reward")]).register(trainer)
     SelectKeys(STORED).register(trainer)
     device = None if cfg.device == "cpu" else cfg.device
     replay = ReplayBufferTrainer(buffer, flatten_tensordicts=True, device=device)

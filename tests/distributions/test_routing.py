@@ -55,7 +55,7 @@ def _score(g, action, proposals):
 
 
 def _expected_frequency(routing, params, g, h, action, proposals, **bounds):
-    """``v`` of DESIGN's gradient-scored forms."""
+    """``v`` of The gradient-scored forms."""
     score = _score(g, action, proposals)
     if routing == "frequency":
         return one_hot_of_largest(score)
@@ -329,7 +329,7 @@ def test_route_by_slope_hands_everything_else_through(soft):
 # ---------------------------------------------------------------------- names
 
 
-def test_members_are_those_of_the_contract():
+def test_members_are_the_documented_ones():
     names = ["FREQUENCY", "SOFT_FREQUENCY", "GUMBEL_SOFTMAX", "SCORE_FUNCTION", "MARGINAL", "NONE"]
     assert [member.name for member in RoutingGradient] == names
     assert all(RoutingGradient(name.lower()) is RoutingGradient[name] for name in names)

@@ -28,7 +28,7 @@ DETERMINISTIC = ExplorationType.DETERMINISTIC
 
 
 def make_actor(**kwargs) -> PMOEActor:
-    options = {"spec": Bounded(-1, 1, (ACTION,)), "in_features": OBSERVATION, "num_cells": (16, 16), "init": 0.3}
+    options = {"spec": Bounded(-1, 1, (ACTION,)), "in_features": OBSERVATION, "num_cells": (16, 16), "head_init": 0.3}
     if "network" in kwargs:
         options = {"spec": options["spec"]}
     return PMOEActor(EXPERTS, **{**options, **kwargs})
@@ -90,7 +90,7 @@ SPECS = {
 
 @pytest.mark.parametrize(("spec", "low", "high"), SPECS.values(), ids=SPECS)
 def test_the_spec_bounds_the_actions(spec, low, high):
-    actor = make_actor(spec=spec, init=30.0)
+    actor = make_actor(spec=spec, head_init=30.0)
     dist = actor.get_dist(observe(7))
     bounds = [torch.as_tensor(bound).expand(ACTION).tolist() for bound in (dist.low, dist.high)]
     assert bounds == [low, high]
@@ -207,7 +207,7 @@ def test_heads_start_as_the_authors_do():
 
 
 def test_loc_spread_sets_the_experts_apart():
-    loc = make_actor(init=1e-3, loc_spread=2.0).get_dist(observe(50)).loc
+    loc = make_actor(head_init=1e-3, loc_spread=2.0).get_dist(observe(50)).loc
     assert loc.std(1).mean() > 0.5
     assert loc.std(0).max() < 0.1
 
@@ -219,7 +219,7 @@ def test_loc_spread_sets_the_experts_apart():
 @pytest.mark.parametrize("init", [0.3, 30.0], ids=["ordinary", "saturated"])
 @pytest.mark.parametrize("kind", [InteractionType.RANDOM, InteractionType.DETERMINISTIC])
 def test_the_stored_log_density_is_the_mixtures_at_the_stored_action(score, init, kind):
-    actor = make_actor(init=init, return_log_prob=True, distribution_kwargs={"score": score})
+    actor = make_actor(head_init=init, return_log_prob=True, distribution_kwargs={"score": score})
     with set_interaction_type(kind):
         out = actor(observe(500))
     mixture = TanhNormalMixture(out["logits"], out["loc"], out["scale"])
@@ -303,7 +303,7 @@ def test_network_is_any_module_that_ends_in_the_features():
 
 
 def test_floor_reaches_the_router():
-    probs = make_actor(init=100.0, floor=0.2).get_dist(observe(50)).probs
+    probs = make_actor(head_init=100.0, floor=0.2).get_dist(observe(50)).probs
     torch.testing.assert_close(probs.min(), torch.tensor(0.2 / EXPERTS))
 
 
@@ -399,7 +399,7 @@ def _distance_to(goal: float):
 
 @pytest.mark.parametrize("batch", [(), (6,), (2, 3)])
 def test_deterministically_it_takes_the_squashed_loc_that_scores_best(batch):
-    actor, data = make_actor(init=3.0), observe(*batch)
+    actor, data = make_actor(head_init=3.0), observe(*batch)
     out = BestOfExpertsActor(actor, _distance_to(0.5))
     with set_exploration_type(DETERMINISTIC):
         action = out(data.clone())["action"]

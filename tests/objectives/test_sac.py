@@ -33,7 +33,7 @@ def log_normal_tanh(u, loc, scale):
 
 
 def reference(loss, actor, batch, noise, drawn):
-    """Actor and routing loss [B] by the formulas of the paper and of DESIGN, one draw per expert."""
+    """Actor and routing loss [B] by the formulas of the paper and of the docstring, one draw per expert."""
     dist = actor.get_dist(batch)
     w = dist.logits.softmax(-1)
     u = dist.loc + dist.scale * noise
@@ -286,6 +286,47 @@ def test_with_one_expert_the_loss_is_sac():
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(metadata["log_prob"], theirs_metadata["log_prob"])
     assert metadata["loss_routing"].item() == 0
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (K,), (2, K), (0,)])
+@pytest.mark.parametrize("backprop", ["max", "weighted"])
+def test_every_proposal_is_scored_in_its_own_state(batch, backprop):
+    """Any batch shape; in one whose last dimension is K states and experts must not be confused."""
+    torch.manual_seed(0)
+    loss = build(make_actor(), backprop=backprop)
+    size = max(1, int(torch.tensor(batch).prod())) if 0 not in batch else 0
+    states = make_batch(max(size, 1))[:size].reshape(*batch) if batch != () else make_batch(1)[0]
+    action = torch.rand(*batch, K, ACTION, dtype=torch.float64)
+    value = loss.score_proposals(states, action)
+    assert value.shape == (*batch, K)
+    for k in range(K):
+        alone = loss._critic_value(states, action[..., k, :], per_expert=False)
+        torch.testing.assert_close(value[..., k], alone)
+    if size:
+        total(loss(states)).backward()
+
+
+def test_a_tensordict_of_other_batch_size_is_refused():
+    batch = make_batch(B)
+    batch.batch_size = []
+    with pytest.raises(ValueError, match=r"batch shape \(8,\) for a tensordict of batch size \(\)"):
+        build(make_actor()).actor_loss(batch)
+
+
+def test_target_entropy_counts_the_action_of_one_agent():
+    """As TorchRL's actors do, where the spec's container has a batch shape of its own."""
+    spec = Composite(agents=Composite(move=Bounded(-1, 1, (2, ACTION)), shape=(2,)))
+    actor = PMOEActor(K, spec=spec, in_keys=[("agents", "seen")], in_features=OBSERVATION)
+    critic = ValueOperator(make_critic().module, in_keys=[("agents", "seen"), ("agents", "move")])
+    assert PMOESACLoss(actor, critic).target_entropy.item() == -ACTION
+
+
+@pytest.mark.parametrize("coef", [-1.0, float("nan"), float("inf")])
+def test_a_coefficient_that_makes_no_sense_is_refused(coef):
+    with pytest.raises(ValueError, match="must be finite and not negative"):
+        build(make_actor(), routing_coef=coef)
+    with pytest.raises(ValueError, match="must be finite and not negative"):
+        make_actor(routing_coef=coef).get_dist(make_batch(B))
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,11 @@ def _take_expert(x: Tensor, index: Tensor) -> Tensor:
     return x.expand(*shape, *x.shape[-2:]).gather(-2, index).squeeze(-2)
 
 
-@lru_cache(maxsize=16)
-def _hermite(nodes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=1)
+def _hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights of the mean of a standard normal."""
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    weights = weights / weights.sum()
-    return torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=dtype, device=device)
+    return points, weights / weights.sum()
 
 
 class NormalMixture(Distribution):
@@ -57,7 +57,8 @@ class NormalMixture(Distribution):
     Keyword Args:
         routing: ``"frequency"``, ``"soft_frequency"`` or ``"none"``: what the router learns from the slopes that come
             back through a reparameterised sample.
-        routing_coef: factor on that gradient.
+        routing_coef: factor on that gradient; 2 where a loss draws for states and next states in one call, as
+            ``REDQLoss`` does.
         score: the log-density that goes with a sample: ``"mixture"``, the policy's own, or ``"expert"``, that of the
             drawn expert alone (the authors' SAC code).
         log_prob_routing: gradient of :meth:`log_prob` on the logits: ``"exact"`` (responsibilities) or
@@ -111,6 +112,8 @@ class NormalMixture(Distribution):
             raise ValueError(f"{name}: score={score!r} is unknown; allowed: mixture, expert.")
         if log_prob_routing not in ("exact", "frequency"):
             raise ValueError(f"{name}: log_prob_routing={log_prob_routing!r} is unknown; allowed: exact, frequency.")
+        if not 0.0 <= routing_coef < float("inf"):
+            raise ValueError(f"{name}: routing_coef={routing_coef!r} must be finite and not negative.")
         if not temperature > 0:
             raise ValueError(f"{name}: temperature={temperature!r} must be positive.")
         self.routing = check_routing(
@@ -256,7 +259,11 @@ class NormalMixture(Distribution):
         return proposals.action, proposals.expert_log_prob()
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Reparameterised sample, ``[*S, *B, A]``; with ``routing="frequency"`` its slope trains the router."""
+        """Reparameterised sample, ``[*S, *B, A]``.
+
+        With ``routing="frequency"`` its slope trains the router; the soft form needs the log-density's slope as well
+        and routes through :meth:`rsample_and_log_prob` alone.
+        """
         proposals = self.propose(sample_shape)
         index = self.sample_expert(sample_shape)
         action = proposals.select_action(index)
@@ -363,7 +370,13 @@ class TanhNormalMixture(NormalMixture):
         scale: of every expert before the tanh, ``[*B, K, A]``.
         low: lower bound of the action, a number or a tensor ``[A]``.
         high: upper bound of the action, a number or a tensor ``[A]``.
-        **kwargs: the keyword arguments of :class:`NormalMixture`.
+
+    Keyword Args:
+        routing: see :class:`NormalMixture`, as for the other four.
+        routing_coef: factor on the routing gradient.
+        score: the log-density that goes with a sample.
+        log_prob_routing: gradient of ``log_prob`` on the logits.
+        temperature: of the Gumbel-Softmax draw.
 
     Raises:
         ValueError: as :class:`NormalMixture`, and if the bounds have another shape or ``low >= high``.
@@ -379,9 +392,23 @@ class TanhNormalMixture(NormalMixture):
         scale: Tensor,
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
-        **kwargs: Any,
+        *,
+        routing: str | RoutingGradient = RoutingGradient.FREQUENCY,
+        routing_coef: float = 1.0,
+        score: Literal["mixture", "expert"] = "mixture",
+        log_prob_routing: Literal["exact", "frequency"] = "exact",
+        temperature: float = 1.0,
     ) -> None:
-        super().__init__(logits, loc, scale, **kwargs)
+        super().__init__(
+            logits,
+            loc,
+            scale,
+            routing=routing,
+            routing_coef=routing_coef,
+            score=score,
+            log_prob_routing=log_prob_routing,
+            temperature=temperature,
+        )
         self.low, self.high = low, high = self._check_bounds(low, high)
         self._half = (high - low) / 2
         self._middle = (high + low) / 2
@@ -444,8 +471,9 @@ class TanhNormalMixture(NormalMixture):
         return log_slope if self._half == 1 else log_slope + self.event_shape[0] * math.log(self._half)
 
     def _expert_mean(self) -> Tensor:
-        nodes, weights = _hermite(64, wide(self.loc).dtype, self.loc.device)
-        latent = wide(self.loc).unsqueeze(-1) + wide(self.scale).unsqueeze(-1) * nodes
+        loc = wide(self.loc)
+        nodes, weights = (loc.new_tensor(x) for x in _hermite(64))
+        latent = loc.unsqueeze(-1) + wide(self.scale).unsqueeze(-1) * nodes
         return ((latent.tanh() * weights).sum(-1)).to(self.loc.dtype) * self._half + self._middle
 
 

@@ -35,7 +35,7 @@ __all__ = [
     "wide",
 ]
 
-# Exponents beyond this are equal to the softmax that follows; it keeps infinities out of float32.
+# Exponents are clamped here, so that no infinity enters the softmax.
 _LARGEST_EXPONENT = 1e30
 
 
@@ -70,7 +70,7 @@ def check_routing(
 
     Raises:
         ValueError: if ``owner`` has no such routing gradient.
-        NotImplementedError: if it is part of the design and not built yet.
+        NotImplementedError: if it is planned and not built yet.
     """
     supported = tuple(supported)
     allowed = ", ".join(member.value for member in supported)

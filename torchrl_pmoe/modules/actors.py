@@ -145,23 +145,33 @@ class _MixtureModule(SafeProbabilisticModule):
         if not any(isinstance(value, Tensor) for value in self.distribution_kwargs.values()):
             return self.distribution_kwargs
         place = (loc.device, loc.dtype)
-        if place not in self._kwargs_cache:
-            self._kwargs_cache[place] = {
-                name: value.to(*place) if isinstance(value, Tensor) else value
-                for name, value in self.distribution_kwargs.items()
-            }
-        return self._kwargs_cache[place]
+        if place in self._kwargs_cache:
+            return self._kwargs_cache[place]
+        moved = {
+            name: value.to(*place) if isinstance(value, Tensor) else value
+            for name, value in self.distribution_kwargs.items()
+        }
+        if not torch.is_inference_mode_enabled():  # such tensors are of no use to autograd later
+            self._kwargs_cache[place] = moved
+        return moved
 
 
-def _action_leaf(spec: TensorSpec, out_keys: Sequence[NestedKey] | None) -> tuple[TensorSpec, NestedKey]:
-    if isinstance(spec, Composite):
-        leaves = list(spec.keys(True, True))
-        if out_keys is not None:
-            leaves = [key for key in leaves if key == out_keys[0]]
-        if len(leaves) != 1:
-            raise ValueError(f"PMOEActor: spec must hold one action, got keys {list(spec.keys(True, True))}.")
-        return spec[leaves[0]], leaves[0]
-    return spec, "action" if out_keys is None else out_keys[0]
+def _action_leaf(spec: TensorSpec, out_keys: Sequence[NestedKey] | None) -> tuple[TensorSpec, NestedKey, Composite]:
+    """The action's own spec, its key, and a composite that holds it alone."""
+    if out_keys is not None and len(out_keys) != 1:
+        raise ValueError(f"PMOEActor: out_keys must name one action, got {list(out_keys)}.")
+    if not isinstance(spec, Composite):
+        key = "action" if out_keys is None else out_keys[0]
+        return spec, key, Composite({key: spec})
+    leaves = list(spec.keys(True, True))
+    found = leaves if out_keys is None else [key for key in leaves if key == out_keys[0]]
+    if len(found) != 1:
+        raise ValueError(f"PMOEActor: spec must hold one action, got keys {leaves}.")
+    alone = spec.clone()
+    for key in leaves:
+        if key != found[0]:
+            del alone[key]
+    return spec[found[0]], found[0], alone
 
 
 def _bounds(spec: TensorSpec) -> dict[str, float | Tensor]:
@@ -203,7 +213,7 @@ class PMOEActor(ProbabilisticActor):
         state_dependent_scale: ``False`` for one learned scale per expert and dimension.
         scale_mapping: positive map for the scale, a name or a callable.
         scale_lb: smallest scale.
-        init: the heads of the built-in network start uniform in ``[-init, init]``.
+        head_init: the heads of the built-in network start uniform in ``[-head_init, head_init]``.
         floor: see :class:`MixtureParamExtractor`.
         loc_spread: the experts' biases for loc start uniform in ``[-loc_spread, loc_spread]``; a remedy against
             duplicate experts, off by default.
@@ -241,7 +251,7 @@ class PMOEActor(ProbabilisticActor):
         state_dependent_scale: bool = True,
         scale_mapping: str | Callable[[Tensor], Tensor] | None = None,
         scale_lb: float = 0.0,
-        init: float = 1e-3,
+        head_init: float = 1e-3,
         floor: float = 0.0,
         loc_spread: float = 0.0,
         distribution_class: type[NormalMixture] = TanhNormalMixture,
@@ -254,7 +264,9 @@ class PMOEActor(ProbabilisticActor):
     ) -> None:
         if isinstance(in_keys, str):
             in_keys = [in_keys]
-        leaf, action_key = _action_leaf(spec, out_keys)
+        if isinstance(out_keys, str):
+            out_keys = [out_keys]
+        leaf, action_key, action_spec = _action_leaf(spec if device is None else spec.to(device), out_keys)
         if not isinstance(leaf, Bounded | Unbounded) or not leaf.dtype.is_floating_point or not leaf.shape:
             raise ValueError(f"PMOEActor: the action spec must be a box of floats, got {type(leaf).__name__}.")
         if not issubclass(distribution_class, NormalMixture):
@@ -296,7 +308,7 @@ class PMOEActor(ProbabilisticActor):
                 activation_class=activation_class,
                 router=router,
                 state_dependent_scale=state_dependent_scale,
-                init=init,
+                init=head_init,
                 loc_spread=loc_spread,
                 device=device,
             )
@@ -311,7 +323,7 @@ class PMOEActor(ProbabilisticActor):
         head = _MixtureModule(
             in_keys=dict(zip(_PARAMS, param_keys, strict=True)),
             out_keys=[action_key],
-            spec=Composite({action_key: leaf}, shape=()),
+            spec=action_spec,
             distribution_class=distribution_class,
             distribution_kwargs=distribution_kwargs,
             return_log_prob=return_log_prob,
@@ -359,9 +371,9 @@ class PMOEActor(ProbabilisticActor):
 
 
 class BestOfExpertsActor(TensorDictModuleBase):
-    """Acts on the proposal that the critics rank highest of ``K``; everything else is the wrapped actor's.
+    """Acts on the proposal that the critics rank highest of ``K``, without gradient.
 
-    Exploring, every expert proposes a draw; acting deterministically, its squashed loc.
+    Exploring, every expert proposes a draw; acting deterministically, its squashed loc. Writes the action alone.
 
     Args:
         actor: whose ``get_dist`` returns a mixture.

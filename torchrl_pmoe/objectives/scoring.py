@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import CompositeDistribution, dispatch
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule, dispatch
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SACLoss
@@ -59,6 +59,8 @@ class CriticScoredSACLoss(SACLoss):
             raise ValueError(f"{name}: routing_loss={routing_loss!r} is unknown; allowed: {', '.join(ROUTING_LOSSES)}.")
         if isinstance(num_proposals, bool) or not isinstance(num_proposals, int) or num_proposals < 1:
             raise ValueError(f"{name}: num_proposals={num_proposals!r} must be an integer of at least 1.")
+        if not 0.0 <= routing_coef < float("inf"):
+            raise ValueError(f"{name}: routing_coef={routing_coef!r} must be finite and not negative.")
         self.routing = check_routing(
             routing,
             supported=(
@@ -77,31 +79,25 @@ class CriticScoredSACLoss(SACLoss):
 
     @staticmethod
     def _check_actor(owner: str, actor: Any) -> None:
-        for module in actor.modules():
-            kind = getattr(module, "distribution_class", None)
-            if isinstance(kind, type) and issubclass(kind, CompositeDistribution):
-                raise ValueError(
-                    f"{owner}: the actor's distribution is a CompositeDistribution; critics can score the experts of "
-                    "one NormalMixture or TanhNormalMixture only."
-                )
-            if isinstance(kind, type) and not issubclass(kind, NormalMixture):
-                raise ValueError(
-                    f"{owner}: the actor's distribution must be NormalMixture or TanhNormalMixture, "
-                    f"got {kind.__name__}."
-                )
+        heads = [module for module in actor.modules() if isinstance(module, ProbabilisticTensorDictModule)]
+        kind = heads[-1].distribution_class if heads else None
+        if isinstance(kind, type) and not issubclass(kind, NormalMixture):
+            composite = " (critics can score the experts of one mixture only)" * issubclass(kind, CompositeDistribution)
+            raise ValueError(
+                f"{owner}: the actor's distribution must be NormalMixture or TanhNormalMixture, "
+                f"got {kind.__name__}{composite}."
+            )
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
         """Value ``[*M, *B, K]`` of what the stacked critics put out."""
         raise NotImplementedError
 
-    def _critic_value(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
-        """Value of actions ``[*X, *B, A]`` or ``[*X, *B, K, A]`` in the states of ``tensordict`` ``[*B]``."""
-        batch = action.shape[:-1]
-        states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
-        states = states.exclude(self.tensor_keys.action)
-        if states.shape != batch[len(batch) - states.ndim :]:
+    def _critic_value(self, tensordict: TensorDictBase, action: Tensor, *, per_expert: bool) -> Tensor:
+        """Value of actions ``[*M, *B, A]``, or ``[*M, *B, K, A]`` per expert, in the states ``[*B]``."""
+        states = tensordict.select(*self.qvalue_network.in_keys, strict=False).exclude(self.tensor_keys.action)
+        if per_expert:
             states = states.unsqueeze(-1)
-        states = states.expand(batch)
+        states = states.expand(action.shape[:-1])
         states.set(self.tensor_keys.action, action)
         states = self._vmap_qnetworkN0(states, self._cached_detached_qvalue_params)
         return self._reduce_critics(states.get(self.tensor_keys.state_action_value))
@@ -117,7 +113,7 @@ class CriticScoredSACLoss(SACLoss):
         Returns:
             ``[*B, K]``.
         """
-        return self._critic_value(tensordict, action)
+        return self._critic_value(tensordict, action, per_expert=True)
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the experts through ``backprop``, with the routing loss and the diagnostics as metadata.
@@ -142,6 +138,11 @@ class CriticScoredSACLoss(SACLoss):
                 f"{type(self).__name__}: the actor must describe a NormalMixture or TanhNormalMixture, "
                 f"got {type(dist).__name__}."
             )
+        if dist.batch_shape != tensordict.batch_size:
+            raise ValueError(
+                f"{type(self).__name__}: one action per state is needed, got a mixture of batch shape "
+                f"{tuple(dist.batch_shape)} for a tensordict of batch size {tuple(tensordict.batch_size)}."
+            )
         draws = (self.num_proposals,) if self.num_proposals > 1 else ()
         proposals = dist.propose(draws)
         if self.backprop in ("max", "routed"):
@@ -163,19 +164,19 @@ class CriticScoredSACLoss(SACLoss):
         self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
     ) -> tuple[Tensor, Tensor, _Scored]:
         with torch.no_grad():
-            value = self._critic_value(tensordict, proposals.action)
+            value = self._critic_value(tensordict, proposals.action, per_expert=True)
             draws = value.shape[: -1 - len(dist.batch_shape)]
             index = value.argmax(-1) if self.backprop == "max" else dist.sample_expert(draws)
             needs_all = self.routing in (RoutingGradient.SOFT_FREQUENCY, RoutingGradient.MARGINAL)
             density = proposals.log_prob() if needs_all else torch.zeros_like(value)
         action, log_prob = proposals.select(index)
-        loss = self._alpha * log_prob - self._critic_value(tensordict, action)
+        loss = self._alpha * log_prob - self._critic_value(tensordict, action, per_expert=False)
         return loss, log_prob, _Scored(dist, value, density)
 
     def _every_expert(
         self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
     ) -> tuple[Tensor, Tensor, _Scored]:
-        value = self._critic_value(tensordict, proposals.action)
+        value = self._critic_value(tensordict, proposals.action, per_expert=True)
         density = proposals.log_prob()
         loss = self._alpha * density - value
         scored = _Scored(dist, value.detach(), density.detach())
@@ -210,7 +211,7 @@ class CriticScoredSACLoss(SACLoss):
 
     @torch.no_grad()
     def _diagnostics(self, scored: _Scored) -> dict[str, Tensor]:
-        log_probs = scored.dist.logits.log_softmax(-1).flatten(0, -2)
+        log_probs = scored.dist.logits.log_softmax(-1).reshape(-1, scored.dist.num_experts)
         probs = log_probs.exp()
         return {
             "routing_entropy": -(probs * log_probs).sum(-1).mean(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
@@ -31,6 +31,10 @@ class MeanLossStepper(OptimizationStepper):
         trainer._post_loss_hook(sub_batch)
         losses = trainer._process_loss_hook(sub_batch, losses)
         sum(value for key, value in losses.items() if key.startswith("loss")).backward()
+        if trainer.clip_norm is not None:
+            parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+            clip = nn.utils.clip_grad_norm_ if trainer.clip_grad_norm else nn.utils.clip_grad_value_
+            clip(parameters, trainer.clip_norm)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         self._accumulate(losses)
