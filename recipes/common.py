@@ -231,6 +231,11 @@ def one_line_errors() -> Iterator[None]:
         _stop(f"error: {error}", 2)
     except NonFiniteError as error:
         _stop(f"error: {error}", 1)
+    except RuntimeError as error:
+        # a tensordict's context manager answers an interrupt with an error of its own
+        if isinstance(error.__context__, KeyboardInterrupt):
+            _stop("interrupted", 130)
+        raise
 
 
 def _stop(line: str, status: int) -> NoReturn:
