@@ -112,15 +112,10 @@ PAPER = {
     "acting": "policy",
     "logger.eval_expert": "drawn",
 }
-DEFAULTS = {
-    "scoring": "critic",
-    "routing": "soft_frequency",
-    "backprop": "weighted",
-    "score": "mixture",
-    "acting": "policy",
-    "logger.eval_expert": "largest",
-}
-GRADIENT_SCORED = {**DEFAULTS, "routing": "frequency", "backprop": None}
+# the highest return measured (README); it is the paper's combination, evaluated on the expert of largest weight
+DEFAULTS = {**PAPER, "logger.eval_expert": "largest"}
+# no critic call there, so no backprop; the drawn expert's own density leaves its experts stuck (bandits in the README)
+GRADIENT_SCORED = {**DEFAULTS, "scoring": "gradient", "backprop": None, "score": "mixture"}
 PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
 STORED = ["observation", "action", *[("next", key) for key in ("observation", "reward", "done", "terminated")]]
 DIAGNOSED_STATES = 1000

@@ -42,14 +42,14 @@ def draw(runs: dict[str, pd.DataFrame], title: str, path: Path) -> None:
 
 def table(runs: dict[str, pd.DataFrame]) -> str:
     """Markdown: the last evaluation of each run, its best, and what became of its experts."""
-    lines = ["| run | last return | best return | exp H(E w) | exp E H(w) | I(A;Z) | dead | frames/s |"]
+    lines = ["| run | frames | last return | best return | exp H(E w) | exp E H(w) | I(A;Z) | dead |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, data in runs.items():
         last = data.iloc[-1]
         modes = " | ".join(f"{last[key]:.2f}" if key in last else "-" for key in MODES)
         lines.append(
-            f"| {name} | {last['return_mean']:,.0f} ± {last['return_std']:,.0f} | {data['return_mean'].max():,.0f} "
-            f"| {modes} | {data['frames_per_second'].median():.0f} |"
+            f"| {name} | {last['frames']:,.0f} | {last['return_mean']:,.0f} ± {last['return_std']:,.0f} "
+            f"| {data['return_mean'].max():,.0f} | {modes} |"
         )
     return "\n".join(lines)
 

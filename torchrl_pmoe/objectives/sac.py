@@ -27,13 +27,14 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
 
     Keyword Args:
         routing: what the router learns: ``"frequency"``, the one-hot of the best proposal (Definition 3.1);
-            ``"soft_frequency"``, its maximum-entropy counterpart, the default because it measured best;
-            ``"marginal"``, the soft objective enumerated over the experts; ``"none"``.
+            ``"soft_frequency"``, its maximum-entropy counterpart; ``"marginal"``, the soft objective enumerated over
+            the experts; ``"none"``.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` (the paper) or ``"log"``, for the two frequencies.
         backprop: the experts that the actor's loss flows through: ``"max"``, the best proposal (the paper's
             back-prop-max); ``"all"``, every one equally (back-prop-all); ``"routed"``, the one that the router drew;
-            ``"weighted"``, every one times its detached weight (the default).
+            ``"weighted"``, every one times its detached weight; with the soft frequency and the mixture's density
+            that is what keeps modes.
         num_proposals: draws of each expert, ``M``; frequencies, exponents and losses average over them.
         **kwargs: of :class:`~torchrl.objectives.SACLoss`, without ``value_network`` (SAC v1).
 
@@ -52,10 +53,10 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
         qvalue_network: TensorDictModule | list[TensorDictModule],
         value_network: None = None,
         *,
-        routing: str | RoutingGradient = RoutingGradient.SOFT_FREQUENCY,
+        routing: str | RoutingGradient = RoutingGradient.FREQUENCY,
         routing_coef: float = 1.0,
         routing_loss: Literal["brier", "log"] = "brier",
-        backprop: Literal["max", "all", "routed", "weighted"] = "weighted",
+        backprop: Literal["max", "all", "routed", "weighted"] = "max",
         num_proposals: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -101,10 +102,10 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         actor_network: ProbabilisticTensorDictSequential,
         qvalue_network: TensorDictModule | list[TensorDictModule],
         *,
-        routing: str | RoutingGradient = RoutingGradient.SOFT_FREQUENCY,
+        routing: str | RoutingGradient = RoutingGradient.FREQUENCY,
         routing_coef: float = 1.0,
         routing_loss: Literal["brier", "log"] = "brier",
-        backprop: Literal["max", "all", "routed", "weighted"] = "weighted",
+        backprop: Literal["max", "all", "routed", "weighted"] = "max",
         num_proposals: int = 1,
         **kwargs: Any,
     ) -> None:
