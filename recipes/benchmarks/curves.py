@@ -25,10 +25,13 @@ def draw(runs: dict[str, pd.DataFrame], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for (name, data), (color, marker) in zip(runs.items(), STYLES * len(runs), strict=False):
+    for place, (name, data) in enumerate(runs.items()):
+        color, marker = STYLES[place % len(STYLES)]
+        again = place >= len(STYLES)
         ax.errorbar(
             data["frames"], data["return_mean"], data["return_std"],
             color=color, marker=marker, markersize=6, linewidth=1.8, elinewidth=0.8, capsize=2,
+            linestyle=":" if again else "-", markerfacecolor="white" if again else color,
             label=f"{name}  {data['return_mean'].iloc[-1]:,.0f}",
         )  # fmt: skip
     ax.set(xlabel="frames", ylabel="evaluation return", title=title)
