@@ -206,6 +206,12 @@ def test_bad_input_ends_in_one_line_with_status_2_and_leaves_nothing(args, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("env", ["Walker2d-v4", "HalfCheetah-v4"])
+def test_the_readmes_tasks_can_be_made_in_this_environment(env):
+    """Gymnasium's MuJoCo tasks import packages that Gymnasium itself does not require."""
+    common.make_gym(env).close()
+
+
 @pytest.mark.parametrize("what", ["Reward", "Observation"])
 def test_nan_from_the_environment_stops_the_run_and_leaves_the_checkpoint_whole(what, tmp_path):
     env = f"env=recipe_envs:Nan{what}-v0"
