@@ -2,7 +2,7 @@
 
 from torchrl_pmoe.distributions import NormalMixture, RoutingGradient, TanhNormalMixture
 from torchrl_pmoe.modules import BestOfExpertsActor, MixtureParamExtractor, PMOEActor
-from torchrl_pmoe.objectives import PMOESACLoss, PMOETQCLoss
+from torchrl_pmoe.objectives import PMOEClipPPOLoss, PMOESACLoss, PMOETQCLoss
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "MixtureParamExtractor",
     "NormalMixture",
     "PMOEActor",
+    "PMOEClipPPOLoss",
     "PMOESACLoss",
     "PMOETQCLoss",
     "RoutingGradient",

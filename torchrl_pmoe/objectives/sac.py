@@ -68,9 +68,9 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
             routing=routing,
             routing_coef=routing_coef,
             routing_loss=routing_loss,
-            backprop=backprop,
             num_proposals=num_proposals,
         )
+        self._set_backprop(backprop)
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
         return state_action_value.squeeze(-1).amin(0)
@@ -115,9 +115,9 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
             routing=routing,
             routing_coef=routing_coef,
             routing_loss=routing_loss,
-            backprop=backprop,
             num_proposals=num_proposals,
         )
+        self._set_backprop(backprop)
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
         return state_action_value.mean((0, -1))

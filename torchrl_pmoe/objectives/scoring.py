@@ -1,12 +1,14 @@
-"""Critic-scored routing, written once for every SAC-like loss."""
+"""Critic-scored routing, written once for every loss that holds critics."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule, dispatch
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule, TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SACLoss
@@ -22,13 +24,13 @@ from torchrl_pmoe.distributions.routing import (
     wide,
 )
 
-__all__ = ["CriticScoredSACLoss"]
+__all__ = ["CriticScoredLoss", "CriticScoredSACLoss", "Scored"]
 
 BACKPROP = ("max", "all", "routed", "weighted")
 ROUTING_LOSSES = ("brier", "log")
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """Values and log-densities ``[*M, *B, K]`` of the proposals: what the routing loss and the diagnostics read."""
 
     dist: NormalMixture
@@ -36,12 +38,20 @@ class _Scored(NamedTuple):
     log_prob: Tensor  # zeros where the routing does not read it
 
 
-class CriticScoredSACLoss(SACLoss):
-    """What a SAC-like loss needs to train a mixture with its critics as the judges; mixed in before the parent.
+class CriticScoredLoss:
+    """What a loss needs to train a router with its critics as the judges; mixed in before the parent.
 
-    A subclass says with :meth:`_reduce_critics` how its critics' outputs become one value. Everything about routing is
-    described in :class:`~torchrl_pmoe.objectives.PMOESACLoss`.
+    The parent brings ``actor_network``, ``qvalue_network`` with its stacked parameters, and the keys ``action`` and
+    ``state_action_value``. A subclass says with :meth:`_reduce_critics` how its critics' outputs become one value, and
+    with :attr:`_temperature` what the soft objective weighs the entropy with. Everything about routing is described in
+    :class:`~torchrl_pmoe.objectives.PMOESACLoss`.
     """
+
+    # no LossModule itself: its metaclass would put an empty forward before the parent's
+    qvalue_network: TensorDictModule
+    tensor_keys: Any
+    _vmap_qnetworkN0: Callable[..., TensorDictBase]
+    _cached_detached_qvalue_params: Any
 
     def _set_routing(
         self,
@@ -49,12 +59,9 @@ class CriticScoredSACLoss(SACLoss):
         routing: str | RoutingGradient,
         routing_coef: float,
         routing_loss: Literal["brier", "log"],
-        backprop: Literal["max", "all", "routed", "weighted"],
         num_proposals: int,
     ) -> None:
         name = type(self).__name__
-        if backprop not in BACKPROP:
-            raise ValueError(f"{name}: backprop={backprop!r} is unknown; allowed: {', '.join(BACKPROP)}.")
         if routing_loss not in ROUTING_LOSSES:
             raise ValueError(f"{name}: routing_loss={routing_loss!r} is unknown; allowed: {', '.join(ROUTING_LOSSES)}.")
         if isinstance(num_proposals, bool) or not isinstance(num_proposals, int) or num_proposals < 1:
@@ -74,7 +81,6 @@ class CriticScoredSACLoss(SACLoss):
         )
         self.routing_coef = routing_coef
         self.routing_loss = routing_loss
-        self.backprop = backprop
         self.num_proposals = num_proposals
 
     @staticmethod
@@ -88,9 +94,35 @@ class CriticScoredSACLoss(SACLoss):
                 f"got {kind.__name__}{composite}."
             )
 
+    @abstractmethod
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
         """Value ``[*M, *B, K]`` of what the stacked critics put out."""
-        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def _temperature(self) -> Tensor:
+        """Weight of the entropy in the soft objective."""
+
+    @property
+    def _draws(self) -> tuple[int, ...]:
+        return (self.num_proposals,) if self.num_proposals > 1 else ()
+
+    @property
+    def _needs_density(self) -> bool:
+        """Whether the routing reads the proposals' log-densities."""
+        return self.routing in (RoutingGradient.SOFT_FREQUENCY, RoutingGradient.MARGINAL)
+
+    def _check_mixture(self, dist: Any, tensordict: TensorDictBase) -> None:
+        if not isinstance(dist, NormalMixture):
+            raise ValueError(
+                f"{type(self).__name__}: the actor must describe a NormalMixture or TanhNormalMixture, "
+                f"got {type(dist).__name__}."
+            )
+        if dist.batch_shape != tensordict.batch_size:
+            raise ValueError(
+                f"{type(self).__name__}: one action per state is needed, got a mixture of batch shape "
+                f"{tuple(dist.batch_shape)} for a tensordict of batch size {tuple(tensordict.batch_size)}."
+            )
 
     def _critic_value(self, tensordict: TensorDictBase, action: Tensor, *, per_expert: bool) -> Tensor:
         """Value of actions ``[*M, *B, A]``, or ``[*M, *B, K, A]`` per expert, in the states ``[*B]``."""
@@ -115,6 +147,55 @@ class CriticScoredSACLoss(SACLoss):
         """
         return self._critic_value(tensordict, action, per_expert=True)
 
+    def _routing(self, scored: Scored) -> Tensor:
+        """Routing loss ``[*B]`` before its coefficient."""
+        dist, value, log_prob = scored
+        batch_dims = len(dist.batch_shape) + 1
+
+        def over_draws(x: Tensor) -> Tensor:
+            return x.mean(0) if x.ndim > batch_dims else x
+
+        if self.routing is RoutingGradient.NONE:
+            return value.new_zeros(dist.batch_shape)
+        if self.routing is RoutingGradient.MARGINAL:
+            return (dist.probs * over_draws(self._temperature * log_prob - value)).sum(-1)
+        if self.routing is RoutingGradient.FREQUENCY:
+            frequency = over_draws(best_proposal(value))
+        else:
+            # only differences matter to the softmax; those to the best keep a small alpha from overflowing
+            gap = wide(value) - wide(value).amax(-1, keepdim=True)
+            exponent = gap / self._temperature.clamp_min(torch.finfo(gap.dtype).tiny) - wide(log_prob)
+            frequency = soft_frequency(over_draws(exponent), dist.logits if dist.score == "mixture" else None)
+        frequency = frequency.to(dist.logits.dtype)
+        if self.routing_loss == "brier":
+            return brier_loss(dist.probs, frequency)
+        return log_loss(dist.logits, frequency)
+
+    @torch.no_grad()
+    def _diagnostics(self, scored: Scored) -> dict[str, Tensor]:
+        log_probs = scored.dist.logits.log_softmax(-1).reshape(-1, scored.dist.num_experts)
+        probs = log_probs.exp()
+        return {
+            "routing_entropy": -(probs * log_probs).sum(-1).mean(),
+            "expert_usage": probs.mean(0),
+            "best_expert_value": scored.value.amax(-1).mean(),
+        }
+
+
+class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
+    """What a SAC-like loss adds: the experts learn from the critics' scores too, through ``backprop``."""
+
+    def _set_backprop(self, backprop: Literal["max", "all", "routed", "weighted"]) -> None:
+        if backprop not in BACKPROP:
+            raise ValueError(
+                f"{type(self).__name__}: backprop={backprop!r} is unknown; allowed: {', '.join(BACKPROP)}."
+            )
+        self.backprop = backprop
+
+    @property
+    def _temperature(self) -> Tensor:
+        return self._alpha
+
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the experts through ``backprop``, with the routing loss and the diagnostics as metadata.
 
@@ -133,17 +214,8 @@ class CriticScoredSACLoss(SACLoss):
             self.actor_network_params.to_module(self.actor_network, preserve_module_state=False),
         ):
             dist = self.actor_network.get_dist(tensordict)
-        if not isinstance(dist, NormalMixture):
-            raise ValueError(
-                f"{type(self).__name__}: the actor must describe a NormalMixture or TanhNormalMixture, "
-                f"got {type(dist).__name__}."
-            )
-        if dist.batch_shape != tensordict.batch_size:
-            raise ValueError(
-                f"{type(self).__name__}: one action per state is needed, got a mixture of batch shape "
-                f"{tuple(dist.batch_shape)} for a tensordict of batch size {tuple(tensordict.batch_size)}."
-            )
-        draws = (self.num_proposals,) if self.num_proposals > 1 else ()
+        self._check_mixture(dist, tensordict)
+        draws = self._draws
         proposals = dist.propose(draws)
         if self.backprop in ("max", "routed"):
             loss, log_prob, scored = self._one_expert(tensordict, dist, proposals)
@@ -162,62 +234,27 @@ class CriticScoredSACLoss(SACLoss):
 
     def _one_expert(
         self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
-    ) -> tuple[Tensor, Tensor, _Scored]:
+    ) -> tuple[Tensor, Tensor, Scored]:
         with torch.no_grad():
             value = self._critic_value(tensordict, proposals.action, per_expert=True)
             draws = value.shape[: -1 - len(dist.batch_shape)]
             index = value.argmax(-1) if self.backprop == "max" else dist.sample_expert(draws)
-            needs_all = self.routing in (RoutingGradient.SOFT_FREQUENCY, RoutingGradient.MARGINAL)
-            density = proposals.log_prob() if needs_all else torch.zeros_like(value)
+            density = proposals.log_prob() if self._needs_density else torch.zeros_like(value)
         action, log_prob = proposals.select(index)
         loss = self._alpha * log_prob - self._critic_value(tensordict, action, per_expert=False)
-        return loss, log_prob, _Scored(dist, value, density)
+        return loss, log_prob, Scored(dist, value, density)
 
     def _every_expert(
         self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
-    ) -> tuple[Tensor, Tensor, _Scored]:
+    ) -> tuple[Tensor, Tensor, Scored]:
         value = self._critic_value(tensordict, proposals.action, per_expert=True)
         density = proposals.log_prob()
         loss = self._alpha * density - value
-        scored = _Scored(dist, value.detach(), density.detach())
+        scored = Scored(dist, value.detach(), density.detach())
         if self.backprop == "all":
             return loss.mean(-1), density.mean(-1), scored
         share = dist.probs.detach()
         return (share * loss).sum(-1), (share * density).sum(-1), scored
-
-    def _routing(self, scored: _Scored) -> Tensor:
-        """Routing loss ``[*B]`` before its coefficient."""
-        dist, value, log_prob = scored
-        batch_dims = len(dist.batch_shape) + 1
-
-        def over_draws(x: Tensor) -> Tensor:
-            return x.mean(0) if x.ndim > batch_dims else x
-
-        if self.routing is RoutingGradient.NONE:
-            return value.new_zeros(dist.batch_shape)
-        if self.routing is RoutingGradient.MARGINAL:
-            return (dist.probs * over_draws(self._alpha * log_prob - value)).sum(-1)
-        if self.routing is RoutingGradient.FREQUENCY:
-            frequency = over_draws(best_proposal(value))
-        else:
-            # only differences matter to the softmax; those to the best keep a small alpha from overflowing
-            gap = wide(value) - wide(value).amax(-1, keepdim=True)
-            exponent = gap / self._alpha.clamp_min(torch.finfo(gap.dtype).tiny) - wide(log_prob)
-            frequency = soft_frequency(over_draws(exponent), dist.logits if dist.score == "mixture" else None)
-        frequency = frequency.to(dist.logits.dtype)
-        if self.routing_loss == "brier":
-            return brier_loss(dist.probs, frequency)
-        return log_loss(dist.logits, frequency)
-
-    @torch.no_grad()
-    def _diagnostics(self, scored: _Scored) -> dict[str, Tensor]:
-        log_probs = scored.dist.logits.log_softmax(-1).reshape(-1, scored.dist.num_experts)
-        probs = log_probs.exp()
-        return {
-            "routing_entropy": -(probs * log_probs).sum(-1).mean(),
-            "expert_usage": probs.mean(0),
-            "best_expert_value": scored.value.amax(-1).mean(),
-        }
 
     _out_keys: list[str] | None
 

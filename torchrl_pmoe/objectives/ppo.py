@@ -1,0 +1,194 @@
+"""PPO whose Q-network scores the experts of a mixture policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase, TensorDictParams, unravel_key
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from torch import Tensor
+from torch.distributions import Distribution
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.utils import _cache_values, _vmap_func, distance_loss
+
+from torchrl_pmoe.distributions.mixture import NormalMixture
+from torchrl_pmoe.distributions.routing import RoutingGradient
+from torchrl_pmoe.objectives.scoring import CriticScoredLoss, Scored
+
+__all__ = ["PMOEClipPPOLoss"]
+
+
+class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
+    """Clipped PPO for a mixture policy with critic-scored routing (PMOE, arXiv 2104.09122; the authors' form of PPO).
+
+    The surrogate is the parent's, and so is the mixture's density in its ratio. A Q-network joins: fitted to the value
+    target at the stored action, it scores a fresh proposal of every expert, ``score_k = min_j Q_j(s, a_k)``, and the
+    router learns from the scores.
+
+    Args:
+        actor_network: any actor whose ``get_dist`` returns a ``NormalMixture`` or ``TanhNormalMixture``; its
+            ``log_prob_routing`` names the gradient of the ratio, its own ``routing`` is not used.
+        critic_network: the state-value network, as in :class:`~torchrl.objectives.ClipPPOLoss`.
+        qvalue_network: a network over observation and action that writes ``state_action_value`` ``[*B, 1]``.
+
+    Keyword Args:
+        routing: what the router learns besides the surrogate: ``"frequency"``, the one-hot of the best proposal
+            (Definition 3.1); ``"soft_frequency"``, its maximum-entropy counterpart at the temperature
+            ``entropy_coeff``; ``"marginal"``, ``sum_k w_k (entropy_coeff log pi(a_k) - Q(s, a_k))``; ``"none"``.
+        routing_coef: factor on the routing loss.
+        routing_loss: ``"brier"`` (the paper) or ``"log"``, for the two frequencies.
+        num_proposals: draws of each expert, ``M``; frequencies and exponents average over them.
+        num_qvalue_nets: Q-networks that start from different weights; the smallest value counts.
+        qvalue_coeff: factor on ``loss_qvalue``; its distance is the parent's ``loss_critic_type``.
+        **kwargs: of :class:`~torchrl.objectives.ClipPPOLoss`.
+
+    Returns (on a call): the parent's keys, ``loss_routing`` and ``loss_qvalue`` (coefficients included) and the
+    diagnostics ``routing_entropy`` (mean over states, nats), ``expert_usage`` (``[K]``, mean probability) and
+    ``best_expert_value``. With ``reduction="none"`` both losses are ``[*B]``.
+
+    Raises:
+        ValueError: for an unknown option, ``functional=False``, or an actor whose distribution is not a mixture.
+        NotImplementedError: for ``routing="score_function"``, which is not built yet.
+
+    Examples:
+        >>> actor = PMOEActor(4, spec=Bounded(-1, 1, (6,)), in_features=17, return_log_prob=True)
+        >>> value = ValueOperator(MLP(in_features=17, out_features=1), in_keys=["observation"])
+        >>> qvalue = ValueOperator(MLP(in_features=23, out_features=1), in_keys=["observation", "action"])
+        >>> loss = PMOEClipPPOLoss(actor, value, qvalue, routing="frequency")
+    """
+
+    @dataclass
+    class _AcceptedKeys(ClipPPOLoss._AcceptedKeys):
+        """The parent's keys, and where the Q-network writes its value."""
+
+        state_action_value: NestedKey = "state_action_value"
+
+    default_keys = _AcceptedKeys
+
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModule,
+        qvalue_network: TensorDictModule | list[TensorDictModule],
+        *,
+        routing: str | RoutingGradient = RoutingGradient.FREQUENCY,
+        routing_coef: float = 1.0,
+        routing_loss: Literal["brier", "log"] = "brier",
+        num_proposals: int = 1,
+        num_qvalue_nets: int = 1,
+        qvalue_coeff: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        name = type(self).__name__
+        if not kwargs.get("functional", True):
+            raise ValueError(f"{name}: functional=False is not supported; leave it out.")
+        if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int) or num_qvalue_nets < 1:
+            raise ValueError(f"{name}: num_qvalue_nets={num_qvalue_nets!r} must be an integer of at least 1.")
+        if not 0.0 <= qvalue_coeff < float("inf"):
+            raise ValueError(f"{name}: qvalue_coeff={qvalue_coeff!r} must be finite and not negative.")
+        self._check_actor(name, actor_network)
+        super().__init__(actor_network, critic_network, **kwargs)
+        self._set_routing(
+            routing=routing, routing_coef=routing_coef, routing_loss=routing_loss, num_proposals=num_proposals
+        )
+        self.num_qvalue_nets = num_qvalue_nets
+        self.qvalue_coeff = qvalue_coeff
+        self._seen: tuple[TensorDictBase, NormalMixture] | None = None
+        self.convert_to_functional(
+            qvalue_network, "qvalue_network", expand_dim=num_qvalue_nets, create_target_params=False
+        )
+        self._make_vmap()
+
+    def _make_vmap(self) -> None:
+        self._vmap_qnetworkN0 = _vmap_func(
+            self.qvalue_network,
+            (None, 0),
+            randomness=self.vmap_randomness,
+            # one network alone is called as it is
+            pseudo_vmap=self.num_qvalue_nets == 1,
+        )
+
+    @property
+    @_cache_values
+    def _cached_detached_qvalue_params(self) -> Any:
+        return self.qvalue_network_params.detach()
+
+    @property
+    def _temperature(self) -> Tensor:
+        return self.entropy_coeff
+
+    def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
+        return state_action_value.squeeze(-1).amin(0)
+
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        known = {unravel_key(key) for key in self._in_keys}
+        self._in_keys += [key for key in map(unravel_key, self.qvalue_network.in_keys) if key not in known]
+
+    _out_keys: list[NestedKey] | None
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Keys of the output."""
+        if self._out_keys is None:
+            ours = ["loss_routing", "loss_qvalue", "routing_entropy", "expert_usage", "best_expert_value"]
+            self._out_keys = [*super().out_keys, *ours]
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[NestedKey]) -> None:
+        self._out_keys = values
+
+    def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple[Tensor, Distribution, Any, Any]:
+        # the parent's forward keeps the mixture and the value target to itself; both pass through here
+        found = super()._log_weight(tensordict, adv_shape)
+        self._check_mixture(found[1], tensordict)
+        self._seen = (tensordict, found[1])
+        return found
+
+    def loss_qvalue(self, tensordict: TensorDictBase) -> Tensor:
+        """Distance of the Q-networks to the value target at the stored action, summed over networks.
+
+        Args:
+            tensordict: a batch ``[*B]`` with the value target.
+
+        Returns:
+            ``[*B]``, with ``qvalue_coeff``.
+        """
+        states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
+        states = self._vmap_qnetworkN0(states, self.qvalue_network_params)
+        value = states.get(self.tensor_keys.state_action_value)
+        target = tensordict.get(self.tensor_keys.value_target).expand_as(value)
+        return self.qvalue_coeff * distance_loss(value, target, loss_function=self.loss_critic_type).squeeze(-1).sum(0)
+
+    @torch.no_grad()
+    def _score(self, tensordict: TensorDictBase, dist: NormalMixture) -> Scored:
+        proposals = dist.propose(self._draws)
+        value = self._critic_value(tensordict, proposals.action, per_expert=True)
+        return Scored(dist, value, proposals.log_prob() if self._needs_density else torch.zeros_like(value))
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The parent's losses, ``loss_routing``, ``loss_qvalue`` and the diagnostics.
+
+        Args:
+            tensordict: a batch ``[*B]`` of transitions, with advantage and value target or what it takes to find them.
+        """
+        try:
+            losses = super().forward(tensordict)
+            assert self._seen is not None
+            batch, dist = self._seen
+        finally:
+            self._seen = None
+        scored = self._score(batch, dist)
+        losses.set("loss_routing", self._reduce_loss(self.routing_coef * self._routing(scored), batch))
+        losses.set("loss_qvalue", self._reduce_loss(self.loss_qvalue(batch), batch))
+        losses.update(self._diagnostics(scored))
+        self._clear_weakrefs(tensordict, losses, "qvalue_network_params")
+        return losses
