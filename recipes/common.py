@@ -1,19 +1,16 @@
-"""What the recipes share: checking a config, making environments, evaluating, recording a run."""
+"""What the recipes share before a training starts: checking a config, making environments."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import importlib.util
-import math
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,11 +21,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import nn
+from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_pmoe.trainers import NonFiniteError
 
@@ -159,6 +154,39 @@ def either(rule: Rule, *literals: Any) -> Rule:
     return Rule(" or ".join([rule.allowed, *names]), parse)
 
 
+RULES: dict[str, Rule] = {
+    "env": text(),
+    "seed": integer(0, 2**31 - 1),
+    "total_frames": integer(1),
+    "num_experts": either(integer(1), None),
+    "policy": choice("pmoe", "gaussian"),
+    "preset": either(choice("paper"), None),
+    "device": device(),
+    "network.hidden_sizes": widths(),
+    "network.activation": choice(*ACTIVATIONS),
+    "optim.lr": number(above=0),
+    "optim.router_lr": either(number(above=0), None),
+    "optim.weight_decay": number(at_least=0),
+    "optim.adam_eps": number(above=0),
+    "optim.gamma": number(at_least=0, at_most=1),
+    "optim.num_threads": either(integer(1), None),
+    "collector.env_per_collector": integer(1),
+    "loss.routing_coef": number(at_least=0),
+    "loss.routing_loss": choice("brier", "log"),
+    "loss.num_proposals": integer(1),
+    "logger.backend": either(choice("csv", "tensorboard", "wandb", "mlflow", "trackio"), None),
+    "logger.project_name": text(),
+    "logger.eval_interval": integer(1),
+    "logger.eval_episodes": integer(1),
+    "logger.eval_max_steps": integer(1),
+    "logger.eval_expert": either(choice("largest", "drawn"), None),
+    "logger.progress_bar": flag(),
+    "checkpoint.interval": integer(1),
+    "checkpoint.keep_last": integer(1),
+}
+"""The keys that every recipe has."""
+
+
 def check_config(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
     """Check every key against its rule and put the parsed values in place.
 
@@ -176,6 +204,47 @@ def check_config(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
         except (ValueError, TypeError):
             shown = "null" if values[key] is None else values[key]
             raise UsageError(f"{key}={shown}: must be {rules[key].allowed}") from None
+
+
+def fill_preset(
+    cfg: DictConfig, paper: Mapping[str, Any], fills: Mapping[str, Any], *, for_gaussian: Sequence[str] = ()
+) -> None:
+    """Fill in the keys that were left to the preset; a Gaussian policy has none but those ``for_gaussian``.
+
+    Args:
+        cfg: a checked config.
+        paper: what ``preset=paper`` stands for.
+        fills: the values of the keys that are null.
+        for_gaussian: the keys that mean something to a Gaussian policy.
+
+    Raises:
+        UsageError: where a key contradicts the preset.
+    """
+    if cfg.preset == "paper" and cfg.policy == "gaussian":
+        raise UsageError("preset=paper: must be null with policy=gaussian, it is a combination for policy=pmoe")
+    for key in fills:
+        given = OmegaConf.select(cfg, key)
+        if cfg.preset == "paper" and given not in (None, paper[key]):
+            raise UsageError(f"{key}={given}: must be {paper[key]} or null with preset=paper")
+        if cfg.policy == "gaussian" and key not in for_gaussian:
+            OmegaConf.update(cfg, key, None)  # a sweep over policies may name them
+        elif given is None:
+            OmegaConf.update(cfg, key, fills[key])
+
+
+def refuse(cfg: DictConfig, refused: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise for the first key whose condition holds.
+
+    Args:
+        cfg: a checked config.
+        refused: by key, whether its value cannot go with the others, and what must be.
+
+    Raises:
+        UsageError: the line for that key.
+    """
+    for key, (bad, allowed) in refused.items():
+        if bad:
+            raise UsageError(f"{key}={OmegaConf.select(cfg, key)}: must be {allowed}")
 
 
 def _leaves(cfg: DictConfig, rules: Mapping[str, Rule]) -> Iterator[tuple[str, Any]]:
@@ -325,11 +394,18 @@ def _one_line(space: gym.Space) -> str:
     return " ".join(str(space).split())
 
 
-def make_env(name: str, seed: int, num_envs: int = 1) -> EnvBase:
-    """A seeded TorchRL environment of Gymnasium's ``name``, in float32."""
+def make_env(name: str, seed: int, num_envs: int = 1, wrap: Callable[[gym.Env], gym.Env] = lambda env: env) -> EnvBase:
+    """A seeded TorchRL environment of Gymnasium's ``name``, in float32.
+
+    Args:
+        name: Gymnasium id.
+        seed: of the first environment; the others follow.
+        num_envs: stepped one after the other.
+        wrap: puts Gymnasium's wrappers around each.
+    """
 
     def single() -> EnvBase:
-        return TransformedEnv(GymWrapper(make_gym(name)), DoubleToFloat())
+        return TransformedEnv(GymWrapper(wrap(make_gym(name))), DoubleToFloat())
 
     env = single() if num_envs == 1 else SerialEnv(num_envs, single)
     env.set_seed(seed)
@@ -343,176 +419,10 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)  # noqa: NPY002
 
 
-class Evaluator:
-    """Runs whole episodes on environments of its own, all at once, without touching the run's randomness.
-
-    Args:
-        name: Gymnasium id.
-        policy: reads ``observation`` and writes ``action``; asked for its deterministic action.
-        episodes: how many episodes make one evaluation.
-        max_steps: an episode is cut here.
-        seed: of the environments and of what the policy may draw.
-        device: of the policy.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        policy: TensorDictModuleBase,
-        *,
-        episodes: int,
-        max_steps: int,
-        seed: int,
-        device: str = "cpu",
-    ) -> None:
-        self.policy = policy
-        self.max_steps = max_steps
-        self.device = device
-        self.seed = seed
-        self.envs = [make_gym(name) for _ in range(episodes)]
-        for index, env in enumerate(self.envs):
-            env.reset(seed=seed + index)
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        """The return of every episode, ``[episodes]``."""
-        with isolated_rng(self.seed), set_exploration_type(ExplorationType.DETERMINISTIC):
-            return self._episodes()
-
-    def _episodes(self) -> Tensor:
-        returns = torch.zeros(len(self.envs), dtype=torch.float64)
-        observation = np.stack([env.reset()[0] for env in self.envs])
-        running = list(range(len(self.envs)))
-        for _ in range(self.max_steps):
-            batch = torch.as_tensor(observation[running], dtype=torch.float32, device=self.device)
-            td = self.policy(TensorDict({"observation": batch}, [len(running)]))
-            actions = td.get("action").cpu().numpy()
-            still = []
-            for index, action in zip(running, actions, strict=True):
-                observation[index], reward, terminated, truncated, _ = self.envs[index].step(action)
-                returns[index] += float(reward)
-                if not (terminated or truncated):
-                    still.append(index)
-            running = still
-            if not running:
-                break
-        if not (returns.isfinite().all() and np.isfinite(observation).all()):
-            raise NonFiniteError("the evaluation met a NaN or infinite reward or observation: the run stops here")
-        return returns
-
-    def close(self) -> None:
-        """Close the environments."""
-        for env in self.envs:
-            env.close()
-
-
-@contextmanager
-def isolated_rng(seed: int) -> Iterator[None]:
-    """Draw from PyTorch generators seeded with ``seed``, and put the run's own back afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-# ------------------------------------------------------------------------------------------- recording
-
-
-@dataclass
-class RunRecorder:
-    """Writes ``metrics.csv``, one row an evaluation, and draws it when the run ends.
-
-    Args:
-        directory: the run's own.
-        title: of the plot.
-    """
-
-    directory: Path
-    title: str
-    last: dict[str, float] = field(default_factory=dict)
-    _fields: list[str] = field(default_factory=list)
-    _start: float = field(default_factory=time.perf_counter)
-    _paused: float = 0.0
-    _mark: tuple[int, float] = (0, 0.0)
-
-    @property
-    def path(self) -> Path:
-        """Where the rows go."""
-        return self.directory / "metrics.csv"
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time spent inside out of the frames per second."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def clock(self, frames: int) -> dict[str, float]:
-        """Wall seconds since the start, and training frames per second since the last call."""
-        wall = time.perf_counter() - self._start
-        training = wall - self._paused
-        last_frames, last_training = self._mark
-        self._mark = (frames, training)
-        speed = (frames - last_frames) / max(training - last_training, 1e-9)
-        return {"frames": frames, "wall_seconds": round(wall, 2), "frames_per_second": round(speed, 1)}
-
-    def write(self, row: Mapping[str, float]) -> None:
-        """Append a row; the first one fixes the columns."""
-        if not self._fields:
-            self._fields = list(row)
-            with self.path.open("w", newline="") as file:
-                csv.writer(file).writerow(self._fields)
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([_cell(row.get(name)) for name in self._fields])
-        self.last = dict(row)
-
-    def plot(self) -> Path | None:
-        """Draw return and expert usage over frames."""
-        return plot_run(self.path, self.title) if self._fields else None
-
-
-def _cell(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
-
-
-def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a ``metrics.csv``; an empty cell is nan."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
-
-
-def plot_run(path: Path, title: str) -> Path:
-    """Draw ``learning_curve.png`` beside a ``metrics.csv``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    data = read_metrics(path)
-    frames = data["frames"]
-    usage = [data[name] for name in data if re.fullmatch(r"usage_\d+", name)]
-    fig, axes = plt.subplots(
-        1 + bool(usage), 1, sharex=True, figsize=(7, 6 if usage else 4), squeeze=False, layout="constrained"
-    )
-    top = axes[0, 0]
-    mean, std = data["return_mean"], data["return_std"]
-    top.plot(frames, mean, color="#0072B2", marker="o" if len(frames) < 30 else None, markersize=3)
-    top.fill_between(frames, mean - std, mean + std, color="#0072B2", alpha=0.2, linewidth=0)
-    top.set(title=title, ylabel="evaluation return (mean ± std)")
-    top.grid(alpha=0.3)
-    if usage:
-        bottom = axes[1, 0]
-        # cividis keeps its order of lightness under every kind of colour blindness
-        colors = plt.get_cmap("cividis")(np.linspace(0.05, 0.95, len(usage)))
-        labels = [str(index) for index in range(len(usage))]
-        bottom.stackplot(frames, usage, colors=colors, labels=labels, edgecolor="white", linewidth=0.5)
-        bottom.set(ylabel="expert usage", ylim=(0, 1))
-        bottom.margins(x=0)
-        bottom.legend(title="expert", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
-    axes[-1, 0].set_xlabel("frames")
-    target = path.with_name("learning_curve.png")
-    fig.savefig(target, dpi=150)
-    plt.close(fig)
-    return target
+def prepare_torch(cfg: DictConfig) -> None:
+    """Settings of the whole process: threads, and the checks and messages that a run does without."""
+    torchrl_logger.setLevel("WARNING")
+    # a check of every distribution's parameters costs more than drawing from it
+    torch.distributions.Distribution.set_default_validate_args(False)
+    if cfg.optim.num_threads is not None:
+        torch.set_num_threads(cfg.optim.num_threads)

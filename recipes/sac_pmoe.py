@@ -8,21 +8,18 @@ Every key is in ``recipes/config/sac_pmoe.yaml``.
 from __future__ import annotations
 
 import warnings
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import common
 import hydra
+import runs
 import torch
-from common import Evaluator, Rule, RunRecorder, UsageError, choice, either, flag, integer, number, text
+from common import Rule, UsageError, choice, either, flag, integer, number, text
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from tensordict import TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, add_custom_mapping
 from torch import Tensor, nn
-from torchrl._utils import logger as torchrl_logger
-from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.data import (
     LazyMemmapStorage,
@@ -31,76 +28,42 @@ from torchrl.data import (
     TensorDictReplayBuffer,
     TensorSpec,
 )
-from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
-from torchrl.record.loggers import Logger, get_logger
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import ReplayBufferTrainer, SelectKeys, TargetNetUpdaterHook
 
 from torchrl_pmoe import BestOfExpertsActor, PMOEActor, PMOESACLoss
 from torchrl_pmoe.modules.heads import ClampedExp
 from torchrl_pmoe.trainers import (
-    FiniteBatch,
     FiniteLoss,
     MeanLossStepper,
-    PeriodicEvaluation,
-    ProgressBar,
-    mixture_diagnostics,
-    saturation,
 )
 
 RULES: dict[str, Rule] = {
-    "env": text(),
-    "seed": integer(0, 2**31 - 1),
-    "total_frames": integer(1),
-    "num_experts": either(integer(1), None),
-    "policy": choice("pmoe", "gaussian"),
-    "preset": either(choice("paper"), None),
+    **common.RULES,
     "scoring": either(choice("critic", "gradient"), None),
     "routing": either(choice("frequency", "soft_frequency", "marginal", "none"), None),
     "backprop": either(choice("max", "all", "routed", "weighted"), None),
     "score": either(choice("mixture", "expert"), None),
     "acting": either(choice("policy", "best_of_experts"), None),
-    "device": common.device(),
-    "network.hidden_sizes": common.widths(),
-    "network.activation": choice(*common.ACTIVATIONS),
     "network.router": choice("detached", "shared", "separate"),
     "network.log_std_min": number(),
     "network.log_std_max": number(),
     "network.head_init": number(above=0),
-    "optim.lr": number(above=0),
-    "optim.router_lr": either(number(above=0), None),
-    "optim.weight_decay": number(at_least=0),
-    "optim.adam_eps": number(above=0),
     "optim.batch_size": integer(1),
     "optim.utd_ratio": number(above=0),
-    "optim.gamma": number(at_least=0, at_most=1),
     "optim.loss_function": choice("l2", "l1", "smooth_l1"),
     "optim.target_update_polyak": number(at_least=0.5, at_most=1),
     "optim.alpha_init": number(above=0),
     "optim.fixed_alpha": flag(),
     "optim.target_entropy": either(number(), "auto"),
-    "optim.num_threads": either(integer(1), None),
     "collector.frames_per_batch": either(integer(1), None),
     "collector.init_random_frames": integer(0),
-    "collector.env_per_collector": integer(1),
     "replay_buffer.size": integer(1),
     "replay_buffer.prb": flag(),
     "replay_buffer.scratch_dir": either(text(), None),
-    "loss.routing_coef": number(at_least=0),
-    "loss.routing_loss": choice("brier", "log"),
-    "loss.num_proposals": integer(1),
-    "logger.backend": either(choice("csv", "tensorboard", "wandb", "mlflow", "trackio"), None),
-    "logger.project_name": text(),
-    "logger.eval_interval": integer(1),
-    "logger.eval_episodes": integer(1),
-    "logger.eval_max_steps": integer(1),
-    "logger.eval_expert": either(choice("largest", "drawn"), None),
-    "logger.progress_bar": flag(),
-    "checkpoint.interval": integer(1),
-    "checkpoint.keep_last": integer(1),
     "checkpoint.replay_buffer": flag(),
 }
 
@@ -127,17 +90,8 @@ DIAGNOSED_STATES = 1000
 def resolve_config(cfg: DictConfig) -> None:
     """Check the config and fill in what it leaves to the preset, the defaults or the environment."""
     common.check_config(cfg, RULES)
-    if cfg.preset == "paper" and cfg.policy == "gaussian":
-        raise UsageError("preset=paper: must be null with policy=gaussian, it is a combination for policy=pmoe")
-    for key in DEFAULTS:
-        given = OmegaConf.select(cfg, key)
-        if cfg.preset == "paper" and given not in (None, PAPER[key]):
-            raise UsageError(f"{key}={given}: must be {PAPER[key]} or null with preset=paper")
-        fills = PAPER if cfg.preset == "paper" else GRADIENT_SCORED if cfg.scoring == "gradient" else DEFAULTS
-        if cfg.policy == "gaussian" and key != "acting":
-            OmegaConf.update(cfg, key, None)  # a sweep over policies may name them
-        elif given is None:
-            OmegaConf.update(cfg, key, fills[key])
+    fills = PAPER if cfg.preset == "paper" else GRADIENT_SCORED if cfg.scoring == "gradient" else DEFAULTS
+    common.fill_preset(cfg, PAPER, fills, for_gaussian=("acting",))
     if cfg.num_experts is None:
         cfg.num_experts = PAPER_NUM_EXPERTS.get(cfg.env.split("-")[0], 4)
     if cfg.collector.frames_per_batch is None:
@@ -147,7 +101,7 @@ def resolve_config(cfg: DictConfig) -> None:
 
 def _refuse_combinations(cfg: DictConfig) -> None:
     steps = cfg.optim.utd_ratio * cfg.collector.frames_per_batch
-    refused = {
+    refused: dict[str, tuple[bool, str]] = {
         "backprop": (
             cfg.scoring == "gradient" and cfg.backprop is not None,
             "null with scoring=gradient, where the loss's own draw carries the gradient",
@@ -189,9 +143,7 @@ def _refuse_combinations(cfg: DictConfig) -> None:
             f"a whole number of steps per batch of collector.frames_per_batch={cfg.collector.frames_per_batch}",
         ),
     }
-    for key, (bad, allowed) in refused.items():
-        if bad:
-            raise UsageError(f"{key}={OmegaConf.select(cfg, key)}: must be {allowed}")
+    common.refuse(cfg, refused)
 
 
 # --------------------------------------------------------------------------------------------- parts
@@ -285,41 +237,6 @@ def build_replay_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
     return TensorDictReplayBuffer(storage=storage, batch_size=cfg.optim.batch_size)
 
 
-def build_optimizer(cfg: DictConfig, loss: SACLoss, actor: ProbabilisticActor) -> torch.optim.Optimizer:
-    """One Adam for policy, critics and temperature; the router may have a rate of its own."""
-    optim = cfg.optim
-    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    groups = [{"params": parameters}]
-    if optim.router_lr is not None:
-        router = {id(p) for p in actor.router_parameters()}
-        groups = [
-            {"params": [p for p in parameters if id(p) not in router]},
-            {"params": [p for p in parameters if id(p) in router], "lr": optim.router_lr},
-        ]
-    return torch.optim.Adam(groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True)
-
-
-def build_collector(cfg: DictConfig, env: EnvBase, policy: TensorDictModuleBase) -> Collector:
-    """Collects batches of frames with the policy that is being trained, random actions first."""
-    return Collector(
-        env,
-        policy,
-        frames_per_batch=min(
-            cfg.collector.frames_per_batch,
-            -(-cfg.total_frames // cfg.collector.env_per_collector) * cfg.collector.env_per_collector,
-        ),
-        total_frames=-1,
-        init_random_frames=cfg.collector.init_random_frames,
-        policy_device=cfg.device,
-        env_device="cpu",
-        storing_device="cpu",
-        exploration_type=ExplorationType.RANDOM,
-        track_traj_ids=False,
-        trust_policy=True,
-        auto_register_policy_transforms=False,
-    )
-
-
 class Critics:
     """The critics of a loss, as a function of states and actions.
 
@@ -345,25 +262,6 @@ class Critics:
         return self(observation.unsqueeze(-2).expand(*action.shape[:-1], -1), action)
 
 
-class MeanOfDrawnExpert(TensorDictModuleBase):
-    """Draws an expert from the router and acts on its mean: the authors' evaluation.
-
-    Args:
-        actor: a mixture policy.
-    """
-
-    def __init__(self, actor: ProbabilisticActor) -> None:
-        super().__init__()
-        self.in_keys, self.out_keys = ["observation"], ["action"]
-        self.actor = actor
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``action``."""
-        dist = self.actor.get_dist(tensordict)
-        index = dist.sample_expert()[..., None, None]
-        return tensordict.set("action", dist.expert_mode.take_along_dim(index, -2).squeeze(-2))
-
-
 def build_policies(
     cfg: DictConfig, actor: ProbabilisticActor, loss: SACLoss
 ) -> tuple[TensorDictModuleBase, TensorDictModuleBase]:
@@ -375,62 +273,14 @@ def build_policies(
         )
         return policy, policy
     if cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn":
-        return actor, MeanOfDrawnExpert(actor)
+        return actor, runs.MeanOfDrawnExpert(actor)
     return actor, actor
 
 
 # --------------------------------------------------------------------------------------------- training
 
 
-def diagnose(
-    cfg: DictConfig, actor: ProbabilisticActor, loss: SACLoss, buffer: TensorDictReplayBuffer
-) -> dict[str, float]:
-    """Diagnostics of the policy on states from the replay buffer."""
-    with torch.no_grad(), common.isolated_rng(cfg.seed):
-        states = buffer[torch.randint(len(buffer), (DIAGNOSED_STATES,))].select("observation").to(cfg.device)
-        dist = actor.get_dist(states)
-        space = actor.spec["action"].space
-        share = saturation(dist.sample(), space.low, space.high)
-        if cfg.policy == "gaussian":
-            return {"saturation": share.item()}
-        critics = Critics(loss)
-        found = mixture_diagnostics(dist, lambda action: critics.of_proposals(states["observation"], action))
-    usage = found.pop("usage").tolist()
-    row = {key: value.item() for key, value in found.items()}
-    return {**row, "saturation": share.item(), **{f"usage_{k}": value for k, value in enumerate(usage)}}
-
-
 LOSS_COLUMNS = ("loss_actor", "loss_qvalue", "loss_alpha", "loss_routing", "alpha", "entropy")
-
-
-def build_evaluation(
-    cfg: DictConfig,
-    evaluator: Evaluator,
-    recorder: RunRecorder,
-    stepper: MeanLossStepper,
-    actor: ProbabilisticActor,
-    loss: SACLoss,
-    buffer: TensorDictReplayBuffer,
-    logger: Logger | None,
-) -> PeriodicEvaluation:
-    """The hook that evaluates and writes a row of ``metrics.csv``."""
-
-    def evaluate(frames: int) -> None:
-        row = recorder.clock(frames)
-        with recorder.paused():
-            returns = evaluator()
-            means = stepper.means()
-            row["return_mean"] = returns.mean().item()
-            row["return_std"] = returns.std(correction=0).item()
-            row.update({key: means.get(key, float("nan")) for key in LOSS_COLUMNS})
-            row.update(diagnose(cfg, actor, loss, buffer))
-            stepper.reset()
-            recorder.write(row)
-            if logger is not None:
-                for key, value in row.items():
-                    logger.log_scalar(key, value, step=frames)
-
-    return PeriodicEvaluation(evaluate, cfg.logger.eval_interval)
 
 
 def build_trainer(
@@ -441,26 +291,19 @@ def build_trainer(
     buffer: TensorDictReplayBuffer,
     run_dir: Path,
 ) -> Trainer:
-    """TorchRL's trainer with the hooks of off-policy learning, and checkpoints."""
-    checkpoint = Checkpoint(rng=GlobalRNGState())
-    trainer = Trainer(
+    """The trainer with the hooks of off-policy learning."""
+    stepper = MeanLossStepper()
+    trainer = runs.build_trainer(
+        cfg,
+        run_dir,
         collector=collector,
-        total_frames=cfg.total_frames,
-        frame_skip=1,
-        optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * collector.requested_frames_per_batch)),
-        loss_module=loss,
+        loss=loss,
         optimizer=optimizer,
-        optimization_stepper=MeanLossStepper(),
+        stepper=stepper,
+        optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * collector.requested_frames_per_batch)),
         replay_buffer=buffer,
         target_net_updater=SoftUpdate(loss, eps=cfg.optim.target_update_polyak),
-        progress_bar=False,
-        # the trainer saves once more frames than this have passed
-        save_trainer_interval=cfg.checkpoint.interval - 1,
-        checkpoint=checkpoint,
-        checkpoint_rotation=CheckpointRotation(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
-        auto_log_optim_steps=False,
     )
-    FiniteBatch(["observation", ("next", "observation"), ("next", "reward")]).register(trainer)
     SelectKeys(STORED).register(trainer)
     device = None if cfg.device == "cpu" else cfg.device
     replay = ReplayBufferTrainer(buffer, flatten_tensordicts=True, device=device)
@@ -472,7 +315,7 @@ def build_trainer(
             warnings.simplefilter("ignore", FutureWarning)
             trainer.register_op("post_loss", replay.update_priority)
     trainer.register_op("post_optim", TargetNetUpdaterHook(trainer.target_net_updater))
-    FiniteLoss(trainer.optimization_stepper).register(trainer)
+    FiniteLoss(stepper).register(trainer)
     return trainer
 
 
@@ -486,40 +329,36 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     buffer = build_replay_buffer(cfg)
     OmegaConf.save(cfg, run_dir / "config.yaml")
     explorer, evaluated = build_policies(cfg, actor, loss)
-    collector = build_collector(cfg, env, explorer)
-    trainer = build_trainer(cfg, collector, loss, build_optimizer(cfg, loss, actor), buffer, run_dir)
-    evaluator = Evaluator(
-        cfg.env,
+    collector = runs.build_collector(
+        cfg,
+        env,
+        explorer,
+        frames_per_batch=min(
+            cfg.collector.frames_per_batch,
+            -(-cfg.total_frames // cfg.collector.env_per_collector) * cfg.collector.env_per_collector,
+        ),
+        init_random_frames=cfg.collector.init_random_frames,
+    )
+    trainer = build_trainer(cfg, collector, loss, runs.build_optimizer(cfg, loss, actor), buffer, run_dir)
+    critics = Critics(loss)
+    space = actor.spec["action"].space
+
+    def diagnose(frames: int) -> dict[str, float]:
+        states = buffer[torch.randint(len(buffer), (DIAGNOSED_STATES,))].select("observation").to(cfg.device)
+        return runs.diagnose(
+            actor, states, space.low, space.high, lambda action: critics.of_proposals(states["observation"], action)
+        )
+
+    runs.train_and_record(
+        cfg,
+        run_dir,
+        trainer,
         evaluated,
-        episodes=cfg.logger.eval_episodes,
-        max_steps=cfg.logger.eval_max_steps,
-        seed=cfg.seed + 1_000_000,
-        device=cfg.device,
+        algorithm="SAC",
+        loss_columns=LOSS_COLUMNS,
+        diagnose=diagnose,
+        unsaved=() if cfg.checkpoint.replay_buffer else ("replay_buffer",),
     )
-    recorder = RunRecorder(run_dir, title=f"SAC, {cfg.policy}, {cfg.env}, seed {cfg.seed}")
-    stepper = trainer.optimization_stepper
-    logger = get_logger(
-        cfg.logger.backend or "",
-        str(run_dir / "logs"),
-        run_dir.name,
-        **{f"{cfg.logger.backend}_kwargs": {"project": cfg.logger.project_name}},
-    )
-    build_evaluation(cfg, evaluator, recorder, stepper, actor, loss, buffer, logger).register(trainer)
-
-    def status() -> dict[str, str]:
-        entropy = stepper.means().get("routing_entropy", recorder.last.get("routing_entropy"))
-        shown = {"return": recorder.last.get("return_mean"), "routing entropy": entropy}
-        return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
-
-    if not cfg.checkpoint.replay_buffer:
-        trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - {"replay_buffer"}
-    bar = ProgressBar(cfg.total_frames, status, disable=not cfg.logger.progress_bar)
-    bar.register(trainer)
-    with closing(bar), closing(evaluator):
-        try:
-            trainer.train()
-        finally:
-            recorder.plot()
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="sac_pmoe")
@@ -527,11 +366,7 @@ def main(cfg: DictConfig) -> None:
     """Check the config, then train."""
     with common.one_line_errors():
         resolve_config(cfg)
-        torchrl_logger.setLevel("WARNING")
-        # a check of every distribution's parameters costs more than drawing from it
-        torch.distributions.Distribution.set_default_validate_args(False)
-        if cfg.optim.num_threads is not None:
-            torch.set_num_threads(cfg.optim.num_threads)
+        common.prepare_torch(cfg)
         train(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 

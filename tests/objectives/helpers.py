@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torchrl.data import Bounded
+from torch import distributions as D
+from torchrl.data import Bounded, Unbounded
 from torchrl.modules import MLP, ValueOperator
 
-from torchrl_pmoe import PMOEActor
+from torchrl_pmoe import NormalMixture, PMOEActor, TanhNormalMixture
 
 OBSERVATION, ACTION = 5, 3
 
@@ -82,3 +84,87 @@ def make_batch(size: int = 8, dtype: torch.dtype = torch.float64) -> TensorDict:
 
 def total(losses: TensorDict) -> Tensor:
     return sum(value.sum() for key, value in losses.items() if key.startswith("loss_"))
+
+
+# ---------------------------------------------------------------------- on-policy
+
+
+class Table(nn.Module):
+    """Features that are parameters themselves, one row ``[logits, loc, scale]`` for each state of the batch."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = nn.Parameter(features)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.features
+
+
+def make_table(size: int, num_experts: int, dtype: torch.dtype = torch.float64) -> Table:
+    """Rows of ordinary size; with the identity for a scale mapping the last third are the scales."""
+    logits = torch.randn(size, num_experts, dtype=dtype)
+    loc = 0.5 * torch.randn(size, num_experts * ACTION, dtype=dtype)
+    scale = 0.3 + torch.rand(size, num_experts * ACTION, dtype=dtype)
+    return Table(torch.cat((logits, loc, scale), -1))
+
+
+def make_policy(
+    num_experts: int = 4,
+    dtype: torch.dtype = torch.float64,
+    *,
+    bounded: bool = True,
+    network: nn.Module | None = None,
+    **distribution_kwargs: Any,
+) -> PMOEActor:
+    """An actor for on-policy losses; a ``Table`` in place of the network states the parameters of each mixture."""
+    identity = {"scale_mapping": nn.Identity()} if isinstance(network, Table) else {}
+    return PMOEActor(
+        num_experts,
+        spec=Bounded(-1, 1, (ACTION,), dtype=dtype) if bounded else Unbounded((ACTION,), dtype=dtype),
+        network=Features(num_experts).to(dtype) if network is None else network,
+        distribution_class=TanhNormalMixture if bounded else NormalMixture,
+        distribution_kwargs=distribution_kwargs,
+        return_log_prob=True,
+        **identity,
+    )
+
+
+def make_value(dtype: torch.dtype = torch.float64) -> ValueOperator:
+    return ValueOperator(nn.Linear(OBSERVATION, 1).to(dtype), in_keys=["observation"])
+
+
+def make_onpolicy_batch(actor: PMOEActor, size: int = 8, dtype: torch.dtype = torch.float64) -> TensorDict:
+    """Transitions with advantages of both signs, a value target and log-densities of another policy.
+
+    The ratios are evenly spread over 0.55 to 1.5, on both sides of every clip at 0.2 and on none.
+    """
+    batch = make_batch(size, dtype)
+    with torch.no_grad():
+        dist = actor.get_dist(batch.copy())
+        ratio = torch.linspace(0.55, 1.5, size, dtype=dtype)
+        # the parameters as well: KLPENPPOLoss compares with the policy they describe
+        batch.update({"logits": dist.logits + 0.3, "loc": dist.loc + 0.1, "scale": dist.scale * 1.1})
+        batch["action_log_prob"] = dist.log_prob(batch["action"]) - ratio.log()
+    sign = torch.tensor([1.0, -1.0], dtype=dtype).repeat(size)[:size]
+    batch["advantage"] = (sign * (0.5 + torch.rand(size, dtype=dtype))).unsqueeze(-1)
+    batch["value_target"] = torch.randn(size, 1, dtype=dtype)
+    return batch
+
+
+def pre_tanh_reference(logits: Tensor, loc: Tensor, scale: Tensor) -> D.Distribution:
+    """The mixture before any squashing, by ``torch.distributions``."""
+    return D.MixtureSameFamily(D.Categorical(logits=logits), D.Independent(D.Normal(loc, scale), 1))
+
+
+def central_differences(function: Callable[[], Tensor], parameter: Tensor, step: float = 1e-6) -> Tensor:
+    """Derivative of ``function() [B]`` by ``parameter [B, F]``, whose rows do not see each other, ``[B, F]``."""
+    columns = []
+    with torch.no_grad():
+        for column in parameter.unbind(-1):
+            kept = column.clone()
+            column.copy_(kept + step)
+            above = function()
+            column.copy_(kept - step)
+            columns.append((above - function()) / (2.0 * step))
+            column.copy_(kept)
+    return torch.stack(columns, -1)

@@ -123,14 +123,19 @@ class ProgressBar(_StatelessHook):
     Args:
         total_frames: the length of the bar.
         status: returns what is shown behind the bar, after every collected batch.
+        initial: frames that an earlier run has collected.
         disable: show nothing.
     """
 
-    def __init__(self, total_frames: int, status: Callable[[], dict[str, str]], *, disable: bool = False) -> None:
+    def __init__(
+        self, total_frames: int, status: Callable[[], dict[str, str]], *, initial: int = 0, disable: bool = False
+    ) -> None:
         self.status = status
         # a log file gets a line now and then, a terminal a bar that moves
         self._interval = 0.2 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(total=total_frames, unit="frames", mininterval=self._interval, disable=disable)
+        self._bar = tqdm(
+            total=total_frames, initial=initial, unit="frames", mininterval=self._interval, disable=disable
+        )
         self._shown = 0.0
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:

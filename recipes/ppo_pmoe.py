@@ -1,0 +1,386 @@
+"""Proximal Policy Optimisation with a mixture-of-experts policy.
+
+    python recipes/ppo_pmoe.py env=Walker2d-v4
+
+Every key is in ``recipes/config/ppo_pmoe.yaml``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import hydra
+import numpy as np
+import runs
+import torch
+from common import Rule, UsageError, choice, either, flag, integer, number, text
+from hydra.core.hydra_config import HydraConfig
+from normalization import NormalizedPolicy, RunningNormalization
+from omegaconf import DictConfig, OmegaConf
+from ranking import proposal_ranking
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer, TensorSpec
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import LRSchedulerHook, ReplayBufferTrainer
+
+from torchrl_pmoe import NormalMixture, PMOEActor, PMOEClipPPOLoss, TanhNormalMixture
+from torchrl_pmoe.trainers import FiniteLoss, MeanLossStepper
+
+RULES: dict[str, Rule] = {
+    **common.RULES,
+    "scoring": either(choice("responsibility", "frequency", "critic"), None),
+    "routing": either(choice("frequency", "soft_frequency", "marginal", "none"), None),
+    "actions": choice("unbounded", "bounded"),
+    "resume": either(text(), None),
+    "network.qvalue_hidden_sizes": common.widths(),
+    "network.router": choice("linear", "detached", "shared", "separate"),
+    "network.head_gain": number(above=0),
+    "optim.anneal_lr": flag(),
+    "optim.max_grad_norm": number(above=0),
+    "optim.qvalue_grad_clip": either(choice("apart", "together"), None),
+    "collector.frames_per_batch": integer(1),
+    "normalization.observation": flag(),
+    "normalization.reward": flag(),
+    "normalization.clip": number(above=0),
+    "loss.num_minibatches": integer(1),
+    "loss.ppo_epochs": integer(1),
+    "loss.gae_lambda": number(at_least=0, at_most=1),
+    "loss.clip_epsilon": number(above=0),
+    "loss.clip_value": flag(),
+    "loss.normalize_advantage": flag(),
+    "loss.critic_coeff": number(above=0),
+    "loss.loss_critic_type": choice("l2", "l1", "smooth_l1"),
+    "loss.entropy_coeff": number(at_least=0),
+    "loss.qvalue_coeff": number(above=0),
+    "logger.rank_states": integer(0),
+}
+
+PAPER = {
+    "scoring": "critic",
+    "routing": "frequency",
+    "logger.eval_expert": "drawn",
+    "optim.qvalue_grad_clip": "together",
+}
+DEFAULTS = {
+    "scoring": "responsibility",
+    "routing": "frequency",
+    "logger.eval_expert": "largest",
+    "optim.qvalue_grad_clip": "apart",
+}
+PAPER_NUM_EXPERTS = {
+    "Ant": 16,
+    "HalfCheetah": 8,
+    "Hopper": 12,
+    "Humanoid": 8,
+    "HumanoidStandup": 4,
+    "Walker2d": 4,
+}
+TRAINED_ON = ["observation", "action", "action_log_prob", "advantage", "value_target", "state_value"]
+NORMALIZATION = "normalization"
+LOSS_COLUMNS = (
+    "loss_objective",
+    "loss_critic",
+    "loss_qvalue",
+    "loss_routing",
+    "explained_variance",
+    "clip_fraction",
+    "kl_approx",
+)
+
+
+# --------------------------------------------------------------------------------------------- config
+
+
+def resolve_config(cfg: DictConfig) -> None:
+    """Check the config and fill in what it leaves to the preset, the defaults or the environment."""
+    common.check_config(cfg, RULES)
+    if cfg.preset == "paper" and cfg.actions != "unbounded":
+        raise UsageError(f"actions={cfg.actions}: must be unbounded with preset=paper")
+    given = cfg.routing
+    common.fill_preset(cfg, PAPER, PAPER if cfg.preset == "paper" else DEFAULTS)
+    if cfg.policy == "pmoe" and cfg.scoring != "critic":
+        if given is not None:
+            raise UsageError(
+                f"routing={given}: must be null with scoring={cfg.scoring}, where the log-density trains the router"
+            )
+        cfg.routing = None
+    if cfg.num_experts is None:
+        cfg.num_experts = PAPER_NUM_EXPERTS.get(cfg.env.split("-")[0], 4)
+    frames, envs, parts = cfg.collector.frames_per_batch, cfg.collector.env_per_collector, cfg.loss.num_minibatches
+    common.refuse(
+        cfg,
+        {
+            "collector.frames_per_batch": (
+                frames % math.lcm(envs, parts) != 0,
+                f"a multiple of collector.env_per_collector={envs} and of loss.num_minibatches={parts}",
+            ),
+            "optim.router_lr": (
+                cfg.policy == "gaussian" and cfg.optim.router_lr is not None,
+                "null with policy=gaussian, which has no router",
+            ),
+        },
+    )
+
+
+# --------------------------------------------------------------------------------------------- parts
+
+
+def orthogonal_(module: nn.Module, last_gain: float, hidden_gain: float = math.sqrt(2)) -> None:
+    """Initialise the linear layers of ``module`` orthogonally, the last one with a gain of its own; biases are zero."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, last_gain if layer is layers[-1] else hidden_gain)
+        nn.init.zeros_(layer.bias)
+
+
+def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> ProbabilisticActor:
+    """The policy: a :class:`~torchrl_pmoe.PMOEActor`, or a Gaussian of TorchRL's own of the same size.
+
+    Scales do not depend on the state and start at one.
+    """
+    net, bounded = cfg.network, cfg.actions == "bounded"
+    activation = common.ACTIVATIONS[net.activation]
+    if cfg.policy == "pmoe":
+        linear = net.router == "linear"
+        actor = PMOEActor(
+            cfg.num_experts,
+            spec=spec,
+            in_features=observation_size,
+            num_cells=tuple(net.hidden_sizes),
+            activation_class=activation,
+            router=nn.Linear(observation_size, cfg.num_experts, device=cfg.device) if linear else net.router,
+            state_dependent_scale=False,
+            distribution_class=TanhNormalMixture if bounded else NormalMixture,
+            distribution_kwargs={"log_prob_routing": "frequency" if cfg.scoring == "frequency" else "exact"},
+            return_log_prob=True,
+            device=cfg.device,
+        )
+        network = actor[0].module[0]
+        orthogonal_(network.trunk, math.sqrt(2))
+        orthogonal_(network.experts, net.head_gain)
+        orthogonal_(network.router, net.head_gain)
+        return actor
+    mlp = MLP(
+        in_features=observation_size,
+        out_features=spec.shape[-1],
+        num_cells=list(net.hidden_sizes),
+        activation_class=activation,
+        device=cfg.device,
+    )
+    orthogonal_(mlp, net.head_gain)
+    scale = AddStateIndependentNormalScale(spec.shape[-1], device=cfg.device, scale_mapping="exp")
+    limits = {"low": spec.space.low, "high": spec.space.high} if bounded else {}
+    return ProbabilisticActor(
+        TensorDictModule(nn.Sequential(mlp, scale), ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        spec=spec.to(cfg.device),
+        distribution_class=TanhNormal if bounded else IndependentNormal,
+        distribution_kwargs={name: bound.to(cfg.device) for name, bound in limits.items()},
+        return_log_prob=True,
+        default_interaction_type=ExplorationType.RANDOM,
+    )
+
+
+def build_value(cfg: DictConfig, observation_size: int) -> ValueOperator:
+    """The state-value network."""
+    mlp = MLP(
+        in_features=observation_size,
+        out_features=1,
+        num_cells=list(cfg.network.hidden_sizes),
+        activation_class=common.ACTIVATIONS[cfg.network.activation],
+        device=cfg.device,
+    )
+    orthogonal_(mlp, 1.0)
+    return ValueOperator(mlp, in_keys=["observation"])
+
+
+def build_qvalue(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> ValueOperator:
+    """The Q-network that scores the experts' proposals."""
+    mlp = MLP(
+        in_features=observation_size + spec.shape[-1],
+        out_features=1,
+        num_cells=list(cfg.network.qvalue_hidden_sizes),
+        activation_class=nn.ReLU,
+        device=cfg.device,
+    )
+    orthogonal_(mlp, 1.0)
+    return ValueOperator(mlp, in_keys=["observation", "action"])
+
+
+def build_loss(
+    cfg: DictConfig, actor: ProbabilisticActor, value: ValueOperator, qvalue: ValueOperator | None
+) -> ClipPPOLoss:
+    """``PMOEClipPPOLoss`` where a Q-network scores the experts, else TorchRL's unmodified ``ClipPPOLoss``."""
+    kwargs: dict[str, Any] = {
+        "clip_epsilon": cfg.loss.clip_epsilon,
+        "clip_value": cfg.loss.clip_value,
+        "normalize_advantage": cfg.loss.normalize_advantage,
+        "critic_coeff": cfg.loss.critic_coeff,
+        "loss_critic_type": cfg.loss.loss_critic_type,
+        "entropy_bonus": cfg.loss.entropy_coeff > 0,
+        "entropy_coeff": cfg.loss.entropy_coeff,
+    }
+    if qvalue is None:
+        return ClipPPOLoss(actor, value, **kwargs)
+    names = ("routing_coef", "routing_loss", "num_proposals", "qvalue_coeff")
+    return PMOEClipPPOLoss(
+        actor, value, qvalue, routing=cfg.routing, **{name: cfg.loss[name] for name in names}, **kwargs
+    )
+
+
+def build_trainer(
+    cfg: DictConfig,
+    run_dir: Path,
+    collector: Collector,
+    loss: ClipPPOLoss,
+    actor: ProbabilisticActor,
+    value: ValueOperator,
+    normalization: RunningNormalization,
+) -> Trainer:
+    """The trainer with the hooks of on-policy learning."""
+    frames = collector.requested_frames_per_batch
+    optimizer = runs.build_optimizer(cfg, loss, actor)
+    apart = cfg.policy == "pmoe" and cfg.scoring == "critic" and cfg.optim.qvalue_grad_clip == "apart"
+    stepper = MeanLossStepper(clip_apart=[loss.qvalue_network_params.parameters()] if apart else [])
+    trainer = runs.build_trainer(
+        cfg,
+        run_dir,
+        collector=collector,
+        loss=loss,
+        optimizer=optimizer,
+        stepper=stepper,
+        clip_norm=cfg.optim.max_grad_norm,
+        optim_steps_per_batch=cfg.loss.num_minibatches,
+        num_epochs=cfg.loss.ppo_epochs,
+    )
+    gae = GAE(gamma=cfg.optim.gamma, lmbda=cfg.loss.gae_lambda, value_network=value, device=cfg.device)
+
+    def estimate(batch: TensorDictBase) -> TensorDictBase:
+        return gae(batch.to(cfg.device)).select(*TRAINED_ON).reshape(-1)
+
+    trainer.register_op("batch_process", estimate)
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(frames, device=cfg.device),
+        sampler=SamplerWithoutReplacement(),
+        batch_size=frames // cfg.loss.num_minibatches,
+    )
+    replay = ReplayBufferTrainer(buffer)
+    trainer.register_op("batch_process", replay.extend)
+    trainer.register_op("process_optim_batch", replay.sample)
+    FiniteLoss(stepper).register(trainer)
+    if cfg.optim.anneal_lr:
+        batches = -(-cfg.total_frames // frames)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: max(0.0, 1.0 - batch / batches))
+        LRSchedulerHook(schedule).register(trainer)
+    trainer.register_module(NORMALIZATION, normalization)
+    return trainer
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+def measure_ranking(
+    cfg: DictConfig, actor: ProbabilisticActor, loss: PMOEClipPPOLoss, policy: NormalizedPolicy
+) -> dict[str, float]:
+    """How well the Q-network ranks the experts' proposals, by Monte-Carlo returns."""
+
+    def read(observation: np.ndarray) -> TensorDict:
+        states = torch.as_tensor(observation, dtype=torch.float32, device=cfg.device)
+        return TensorDict({"observation": states}, states.shape[:-1])
+
+    def act(observation: np.ndarray) -> np.ndarray:
+        return policy(read(observation))["action"].cpu().numpy()
+
+    def propose(observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        states = read(observation)
+        states["observation"] = policy.normalization.normalize(states["observation"])
+        proposals = actor.get_dist(states).propose().action
+        score = loss.score_proposals(states, proposals)
+        return proposals.clamp(policy.low, policy.high).cpu().numpy(), score.cpu().numpy()
+
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        found = proposal_ranking(
+            cfg.env,
+            act,
+            propose,
+            num_experts=cfg.num_experts,
+            states=cfg.logger.rank_states,
+            gamma=cfg.optim.gamma,
+            seed=cfg.seed + 2_000_000,
+            show=cfg.logger.progress_bar,
+        )
+    return {
+        "qvalue_rank_correlation": found.correlation,
+        "qvalue_rank_standard_error": found.standard_error,
+        "qvalue_rank_reliability": found.reliability,
+    }
+
+
+def train(cfg: DictConfig, run_dir: Path) -> None:
+    """Run one training from a resolved config and leave its records in ``run_dir``."""
+    raw = common.make_gym(cfg.env)
+    normalization = RunningNormalization(
+        raw.observation_space,  # type: ignore[arg-type]
+        observation=cfg.normalization.observation,
+        reward=cfg.normalization.reward,
+        clip=cfg.normalization.clip,
+        gamma=cfg.optim.gamma,
+    )
+    box: Any = raw.action_space
+    low, high = (torch.as_tensor(bound, device=cfg.device) for bound in (box.low, box.high))
+    raw.close()
+    wrap = partial(normalization.wrap, clip_action=cfg.actions == "unbounded")
+    env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector, wrap)
+    common.seed_everything(cfg.seed)
+    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
+    actor, value = build_actor(cfg, spec, observation_size), build_value(cfg, observation_size)
+    scored = cfg.policy == "pmoe" and cfg.scoring == "critic"
+    loss = build_loss(cfg, actor, value, build_qvalue(cfg, spec, observation_size) if scored else None)
+    collector = runs.build_collector(cfg, env, actor, frames_per_batch=cfg.collector.frames_per_batch)
+    trainer = build_trainer(cfg, run_dir, collector, loss, actor, value, normalization)
+    drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
+    evaluated = NormalizedPolicy(runs.MeanOfDrawnExpert(actor) if drawn else actor, normalization, low, high)
+    states: list[Tensor] = []
+    trainer.register_op("pre_steps_log", lambda batch: states.__setitem__(slice(None), [batch["observation"]]))
+
+    def diagnose(frames: int) -> dict[str, float]:
+        seen = TensorDict({"observation": states[0]}, states[0].shape[:-1])
+        returns = normalization.episode_returns
+        row = {"train_return": float(np.mean(returns)) if returns else math.nan}
+        with torch.no_grad():
+            row["entropy"] = actor.get_dist(seen).entropy().mean().item()
+        row.update(runs.diagnose(actor, seen, low, high))
+        if scored and cfg.logger.rank_states:
+            last = frames >= cfg.total_frames
+            names = ("qvalue_rank_correlation", "qvalue_rank_standard_error", "qvalue_rank_reliability")
+            row.update(measure_ranking(cfg, actor, loss, evaluated) if last else dict.fromkeys(names, math.nan))
+        return row
+
+    OmegaConf.save(cfg, run_dir / "config.yaml")
+    runs.train_and_record(
+        cfg, run_dir, trainer, evaluated, algorithm="PPO", loss_columns=LOSS_COLUMNS, diagnose=diagnose
+    )
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="ppo_pmoe")
+def main(cfg: DictConfig) -> None:
+    """Check the config, then train."""
+    with common.one_line_errors():
+        resolve_config(cfg)
+        common.prepare_torch(cfg)
+        train(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    common.launch(main, RULES)

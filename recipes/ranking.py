@@ -1,0 +1,149 @@
+"""Whether a Q-network ranks the experts' proposals as their Monte-Carlo returns do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import torch
+from common import make_gym
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Spearman's rank correlation over the experts of a state, averaged over states.
+
+    Args:
+        correlation: of scores and returns.
+        standard_error: of it, over states.
+        reliability: correlation of the returns of one half of the rollouts with those of the other: what the noise of
+            the returns leaves to be found.
+    """
+
+    correlation: float
+    standard_error: float
+    reliability: float
+
+
+def rank_correlation(scores: Array, returns: Array) -> Ranking:
+    """Compare scores with returns.
+
+    Args:
+        scores: ``[S, K]``, one per state and expert.
+        returns: ``[S, K, R]``, one per state, expert and rollout; ``R`` is at least 2.
+    """
+    found = _per_state(scores, returns.mean(-1))
+    half = returns.shape[-1] // 2
+    reliability = _per_state(returns[..., :half].mean(-1), returns[..., half:].mean(-1))
+    return Ranking(
+        float(np.nanmean(found)),
+        float(np.nanstd(found, ddof=1) / np.sqrt(np.isfinite(found).sum())),
+        float(np.nanmean(reliability)),
+    )
+
+
+def _per_state(first: Array, second: Array) -> Array:
+    ranks = (pd.DataFrame(values).rank(axis=1) for values in (first, second))
+    one, other = (frame.sub(frame.mean(axis=1), axis=0).to_numpy() for frame in ranks)
+    with np.errstate(invalid="ignore"):  # all equal: no correlation is defined
+        return (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
+
+
+class _Copies:
+    """Copies of one environment that take the same steps until they are sent apart."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self.envs: list[gym.Env] = [make_gym(name) for _ in range(count)]
+
+    def reset(self, seed: int | None) -> Array:
+        observations = [env.reset(seed=seed)[0] for env in self.envs]
+        return observations[0]
+
+    def together(self, action: Array) -> tuple[Array, bool]:
+        """All take one action: the observation of all of them, and whether the episode has ended."""
+        steps = [env.step(action) for env in self.envs]
+        observation, _, terminated, truncated, _ = steps[0]
+        return observation, terminated or truncated
+
+    def apart(
+        self, action: Array, act: Callable[[Array], Array], horizon: int, gamma: float, tick: Callable[[], object]
+    ) -> Array:
+        """Discounted returns of actions ``[N, A]``, one a copy, followed by ``act``."""
+        returns = np.zeros(len(self.envs))
+        observation = np.zeros((len(self.envs), *self.envs[0].observation_space.shape))  # type: ignore[misc]
+        running = np.arange(len(self.envs))
+        for step in range(horizon):
+            going = []
+            for row, index in enumerate(running):
+                observation[index], reward, terminated, truncated, _ = self.envs[index].step(action[row])
+                returns[index] += gamma**step * float(reward)
+                if not (terminated or truncated):
+                    going.append(index)
+            tick()
+            running = np.array(going, dtype=int)
+            if not len(running):
+                break
+            action = act(observation[running])
+        return returns
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+def proposal_ranking(
+    name: str,
+    act: Callable[[Array], Array],
+    propose: Callable[[Array], tuple[Array, Array]],
+    *,
+    num_experts: int,
+    states: int,
+    gamma: float,
+    seed: int,
+    rollouts: int = 4,
+    horizon: int = 300,
+    warmup: int = 300,
+    show: bool = True,
+) -> Ranking:
+    """Send every expert's proposal through the simulator and compare what comes with the Q-network's scores.
+
+    Each state is met by the policy itself, after up to ``warmup`` steps. Copies of the environment with one seed go
+    there by the same actions; there each takes the proposal of one expert, and the policy goes on.
+
+    Args:
+        name: Gymnasium id of an environment that one seed makes deterministic.
+        act: the policy, from observations ``[N, O]`` to drawn actions ``[N, A]``.
+        propose: from an observation ``[O]`` to every expert's action ``[K, A]`` and its score ``[K]``.
+        num_experts: ``K``.
+        states: ``S``.
+        gamma: discount.
+        seed: of environments, states and draws.
+        rollouts: returns per proposal.
+        horizon: steps of a rollout.
+        warmup: largest number of steps before a state.
+        show: a progress bar.
+    """
+    chooser = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    copies = _Copies(name, num_experts * rollouts)
+    scores = np.zeros((states, num_experts))
+    returns = np.zeros((states, num_experts, rollouts))
+    with tqdm(total=states * horizon, desc="ranking", unit="step", leave=False, disable=not show) as bar:
+        for state in range(states):
+            observation = copies.reset(seed + state)
+            for _ in range(chooser.integers(warmup)):
+                observation, ended = copies.together(act(observation[None])[0])
+                if ended:
+                    observation = copies.reset(None)
+            proposals, scores[state] = propose(observation)
+            first = proposals.repeat(rollouts, axis=0)
+            returns[state] = copies.apart(first, act, horizon, gamma, bar.update).reshape(num_experts, rollouts)
+    copies.close()
+    return rank_correlation(scores, returns)

@@ -1,0 +1,438 @@
+"""What happens around a training, whatever is trained: trainer, evaluation, diagnostics, records and plots."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import make_gym
+from omegaconf import DictConfig
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor
+from torchrl.objectives import LossModule
+from torchrl.record.loggers import get_logger
+from torchrl.trainers import Trainer
+
+from torchrl_pmoe import NormalMixture
+from torchrl_pmoe.trainers import (
+    FiniteBatch,
+    MeanLossStepper,
+    NonFiniteError,
+    PeriodicEvaluation,
+    ProgressBar,
+    mixture_diagnostics,
+    saturation,
+)
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+class Evaluator:
+    """Runs whole episodes on environments of its own, all at once, without touching the run's randomness.
+
+    Args:
+        name: Gymnasium id.
+        policy: reads ``observation`` and writes ``action``; asked for its deterministic action.
+        episodes: how many episodes make one evaluation.
+        max_steps: an episode is cut here.
+        seed: of the environments and of what the policy may draw.
+        device: of the policy.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        policy: TensorDictModuleBase,
+        *,
+        episodes: int,
+        max_steps: int,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        self.policy = policy
+        self.max_steps = max_steps
+        self.device = device
+        self.seed = seed
+        self.envs = [make_gym(name) for _ in range(episodes)]
+        for index, env in enumerate(self.envs):
+            env.reset(seed=seed + index)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """The return of every episode, ``[episodes]``."""
+        with isolated_rng(self.seed), set_exploration_type(ExplorationType.DETERMINISTIC):
+            return self._episodes()
+
+    def _episodes(self) -> Tensor:
+        returns = torch.zeros(len(self.envs), dtype=torch.float64)
+        observation = np.stack([env.reset()[0] for env in self.envs])
+        running = list(range(len(self.envs)))
+        for _ in range(self.max_steps):
+            batch = torch.as_tensor(observation[running], dtype=torch.float32, device=self.device)
+            td = self.policy(TensorDict({"observation": batch}, [len(running)]))
+            actions = td.get("action").cpu().numpy()
+            still = []
+            for index, action in zip(running, actions, strict=True):
+                observation[index], reward, terminated, truncated, _ = self.envs[index].step(action)
+                returns[index] += float(reward)
+                if not (terminated or truncated):
+                    still.append(index)
+            running = still
+            if not running:
+                break
+        if not (returns.isfinite().all() and np.isfinite(observation).all()):
+            raise NonFiniteError("the evaluation met a NaN or infinite reward or observation: the run stops here")
+        return returns
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self.envs:
+            env.close()
+
+
+class MeanOfDrawnExpert(TensorDictModuleBase):
+    """Draws an expert from the router and acts on its mean: the authors' evaluation.
+
+    Args:
+        actor: a mixture policy.
+    """
+
+    def __init__(self, actor: ProbabilisticActor) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = ["observation"], ["action"]
+        self.actor = actor
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``action``."""
+        dist = self.actor.get_dist(tensordict)
+        index = dist.sample_expert()[..., None, None]
+        return tensordict.set("action", dist.expert_mode.take_along_dim(index, -2).squeeze(-2))
+
+
+def diagnose(
+    actor: ProbabilisticActor,
+    states: TensorDictBase,
+    low: Tensor,
+    high: Tensor,
+    qvalues: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
+    """Diagnostics of a policy, of a mixture all that there are.
+
+    Args:
+        actor: the policy.
+        states: what it reads, ``[B]``.
+        low: lower bound of the action.
+        high: upper bound of the action.
+        qvalues: maps proposals ``[B, K, A]`` to the critics' values ``[num_critics, B, K]``.
+    """
+    with torch.no_grad():
+        dist = actor.get_dist(states)
+        share = {"saturation": saturation(dist.sample(), low, high).item()}
+        if not isinstance(dist, NormalMixture):
+            return share
+        found = mixture_diagnostics(dist, qvalues)
+    usage = found.pop("usage").tolist()
+    row = {key: value.item() for key, value in found.items()}
+    return {**row, **share, **{f"usage_{k}": value for k, value in enumerate(usage)}}
+
+
+@contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Draw from PyTorch generators seeded with ``seed``, and put the run's own back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+# ------------------------------------------------------------------------------------------- recording
+
+
+@dataclass
+class RunRecorder:
+    """Writes ``metrics.csv``, one row an evaluation, and draws it when the run ends.
+
+    Args:
+        directory: the run's own.
+        title: of the plot.
+    """
+
+    directory: Path
+    title: str
+    last: dict[str, float] = field(default_factory=dict)
+    _fields: list[str] = field(default_factory=list)
+    _start: float = field(default_factory=time.perf_counter)
+    _paused: float = 0.0
+    _mark: tuple[int, float] = (0, 0.0)
+
+    @property
+    def path(self) -> Path:
+        """Where the rows go."""
+        return self.directory / "metrics.csv"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent inside out of the frames per second."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def clock(self, frames: int) -> dict[str, float]:
+        """Wall seconds since the start, and training frames per second since the last call."""
+        wall = time.perf_counter() - self._start
+        training = wall - self._paused
+        last_frames, last_training = self._mark
+        self._mark = (frames, training)
+        speed = (frames - last_frames) / max(training - last_training, 1e-9)
+        return {"frames": frames, "wall_seconds": round(wall, 2), "frames_per_second": round(speed, 1)}
+
+    def resume(self, frames: int) -> None:
+        """Go on with an earlier ``metrics.csv`` after ``frames`` frames; rows beyond them are dropped."""
+        if not frames or not self.path.is_file():
+            return
+        with self.path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        kept = [row for row in rows if int(row["frames"]) <= frames]
+        if not kept:
+            return
+        self._fields = list(kept[0])
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._fields)
+            writer.writeheader()
+            writer.writerows(kept)
+        self.last = {name: float(value) for name, value in kept[-1].items() if value}
+        self._start -= self.last.get("wall_seconds", 0.0)
+        self._paused += self.last.get("wall_seconds", 0.0)
+        self._mark = (frames, 0.0)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append a row; the first one fixes the columns."""
+        if not self._fields:
+            self._fields = list(row)
+            with self.path.open("w", newline="") as file:
+                csv.writer(file).writerow(self._fields)
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow([_cell(row.get(name)) for name in self._fields])
+        self.last = dict(row)
+
+    def plot(self) -> Path | None:
+        """Draw return and expert usage over frames."""
+        return plot_run(self.path, self.title) if self._fields else None
+
+
+def _cell(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a ``metrics.csv``; an empty cell is nan."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+
+
+def plot_run(path: Path, title: str) -> Path:
+    """Draw ``learning_curve.png`` beside a ``metrics.csv``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    data = read_metrics(path)
+    frames = data["frames"]
+    usage = [data[name] for name in data if re.fullmatch(r"usage_\d+", name)]
+    fig, axes = plt.subplots(
+        1 + bool(usage), 1, sharex=True, figsize=(7, 6 if usage else 4), squeeze=False, layout="constrained"
+    )
+    top = axes[0, 0]
+    mean, std = data["return_mean"], data["return_std"]
+    top.plot(frames, mean, color="#0072B2", marker="o" if len(frames) < 30 else None, markersize=3)
+    top.fill_between(frames, mean - std, mean + std, color="#0072B2", alpha=0.2, linewidth=0)
+    top.set(title=title, ylabel="evaluation return (mean ± std)")
+    top.grid(alpha=0.3)
+    if usage:
+        bottom = axes[1, 0]
+        # cividis keeps its order of lightness under every kind of colour blindness
+        colors = plt.get_cmap("cividis")(np.linspace(0.05, 0.95, len(usage)))
+        labels = [str(index) for index in range(len(usage))]
+        bottom.stackplot(frames, usage, colors=colors, labels=labels, edgecolor="white", linewidth=0.5)
+        bottom.set(ylabel="expert usage", ylim=(0, 1))
+        bottom.margins(x=0)
+        bottom.legend(title="expert", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    axes[-1, 0].set_xlabel("frames")
+    target = path.with_name("learning_curve.png")
+    fig.savefig(target, dpi=150)
+    plt.close(fig)
+    return target
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def build_optimizer(cfg: DictConfig, loss: LossModule, actor: ProbabilisticActor) -> torch.optim.Optimizer:
+    """One Adam for everything that the loss trains; the router may have a rate of its own."""
+    optim = cfg.optim
+    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    groups = [{"params": parameters}]
+    if optim.router_lr is not None:
+        router = {id(p) for p in actor.router_parameters()}
+        groups = [
+            {"params": [p for p in parameters if id(p) not in router]},
+            {"params": [p for p in parameters if id(p) in router], "lr": optim.router_lr},
+        ]
+    return torch.optim.Adam(groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True)
+
+
+def build_collector(
+    cfg: DictConfig, env: EnvBase, policy: TensorDictModuleBase, *, frames_per_batch: int, init_random_frames: int = 0
+) -> Collector:
+    """Collects batches of frames with the policy that is being trained, random actions first."""
+    return Collector(
+        env,
+        policy,
+        frames_per_batch=frames_per_batch,
+        total_frames=-1,
+        init_random_frames=init_random_frames,
+        policy_device=cfg.device,
+        env_device="cpu",
+        storing_device="cpu",
+        exploration_type=ExplorationType.RANDOM,
+        track_traj_ids=False,
+        trust_policy=True,
+        auto_register_policy_transforms=False,
+    )
+
+
+def build_trainer(
+    cfg: DictConfig,
+    run_dir: Path,
+    *,
+    collector: Collector,
+    loss: LossModule,
+    optimizer: torch.optim.Optimizer,
+    stepper: MeanLossStepper,
+    **kwargs: Any,
+) -> Trainer:
+    """TorchRL's trainer with checkpoints in ``run_dir``, and a stop before a bad batch gets anywhere.
+
+    Args:
+        cfg: ``total_frames`` and ``checkpoint`` are read.
+        run_dir: the run's own.
+        collector: of frames.
+        loss: to be minimised.
+        optimizer: of its parameters.
+        stepper: of the optimiser.
+        **kwargs: of the trainer.
+    """
+    trainer = Trainer(
+        collector=collector,
+        total_frames=cfg.total_frames,
+        frame_skip=1,
+        loss_module=loss,
+        optimizer=optimizer,
+        optimization_stepper=stepper,
+        progress_bar=False,
+        # the trainer saves once more frames than this have passed
+        save_trainer_interval=cfg.checkpoint.interval - 1,
+        checkpoint=Checkpoint(rng=GlobalRNGState()),
+        checkpoint_rotation=CheckpointRotation(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
+        auto_log_optim_steps=False,
+        **kwargs,
+    )
+    FiniteBatch(["observation", ("next", "observation"), ("next", "reward")]).register(trainer)
+    return trainer
+
+
+def train_and_record(
+    cfg: DictConfig,
+    run_dir: Path,
+    trainer: Trainer,
+    policy: TensorDictModuleBase,
+    *,
+    algorithm: str,
+    loss_columns: Sequence[str],
+    diagnose: Callable[[int], Mapping[str, float]],
+    checkpoint: Path | None = None,
+    unsaved: Sequence[str] = (),
+) -> None:
+    """Train to the end; leave ``metrics.csv`` and ``learning_curve.png`` in ``run_dir``.
+
+    Args:
+        cfg: the resolved config.
+        run_dir: the run's own.
+        trainer: made by :func:`build_trainer`, with its hooks.
+        policy: what is evaluated.
+        algorithm: its name, for the title of the plot.
+        loss_columns: outputs of the loss whose means are recorded.
+        diagnose: more columns, given the number of frames; the same ones every time.
+        checkpoint: to go on from.
+        unsaved: components that checkpoints leave out.
+    """
+    stepper = trainer.optimization_stepper
+    evaluator = Evaluator(
+        cfg.env,
+        policy,
+        episodes=cfg.logger.eval_episodes,
+        max_steps=cfg.logger.eval_max_steps,
+        seed=cfg.seed + 1_000_000,
+        device=cfg.device,
+    )
+    recorder = RunRecorder(run_dir, title=f"{algorithm}, {cfg.policy}, {cfg.env}, seed {cfg.seed}")
+    logger = get_logger(
+        cfg.logger.backend or "",
+        str(run_dir / "logs"),
+        run_dir.name,
+        **{f"{cfg.logger.backend}_kwargs": {"project": cfg.logger.project_name}},
+    )
+
+    def evaluate(frames: int) -> None:
+        row = recorder.clock(frames)
+        with recorder.paused():
+            returns = evaluator()
+            means = stepper.means()
+            row["return_mean"] = returns.mean().item()
+            row["return_std"] = returns.std(correction=0).item()
+            row.update({key: means.get(key, float("nan")) for key in loss_columns})
+            with isolated_rng(cfg.seed):
+                row.update(diagnose(frames))
+            stepper.reset()
+            recorder.write(row)
+            if logger is not None:
+                for key, value in row.items():
+                    logger.log_scalar(key, value, step=frames)
+
+    PeriodicEvaluation(evaluate, cfg.logger.eval_interval).register(trainer)
+    if checkpoint is not None:
+        trainer.load_from_file(checkpoint)
+        recorder.resume(trainer.collected_frames)
+
+    trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - set(unsaved)
+
+    def status() -> dict[str, str]:
+        entropy = stepper.means().get("routing_entropy", recorder.last.get("routing_entropy"))
+        shown = {"return": recorder.last.get("return_mean"), "routing entropy": entropy}
+        return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
+
+    bar = ProgressBar(cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar)
+    bar.register(trainer)
+    with closing(bar), closing(evaluator):
+        try:
+            trainer.train()
+        finally:
+            recorder.plot()
