@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
+from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.trainers import NonFiniteError
@@ -245,6 +246,68 @@ def refuse(cfg: DictConfig, refused: Mapping[str, tuple[bool, str]]) -> None:
     for key, (bad, allowed) in refused.items():
         if bad:
             raise UsageError(f"{key}={OmegaConf.select(cfg, key)}: must be {allowed}")
+
+
+CHANGEABLE = ("total_frames", "logger.", "checkpoint.")
+"""The keys that may change when a run goes on."""
+
+
+def resumed_config(cfg: DictConfig) -> DictConfig:
+    """The config of the run that ``resume`` names, with the changes that a run may take on its way.
+
+    Raises:
+        UsageError: where there is no such run, or another key was given.
+    """
+    run = Path(cfg.resume)
+    if not (run / "config.yaml").is_file() or _last_checkpoint(run) is None:
+        raise UsageError(f"resume={run}: must be the directory of a run, with its config.yaml and checkpoints")
+    old = OmegaConf.load(run / "config.yaml")
+    assert isinstance(old, DictConfig)
+    for override in HydraConfig.get().overrides.task:
+        key = override.split("=", 1)[0]
+        if key.startswith(CHANGEABLE):
+            OmegaConf.update(old, key, OmegaConf.select(cfg, key))
+        elif key != "resume":
+            raise UsageError(
+                f"{override}: must be left out with resume={run}, whose own config.yaml holds; "
+                "total_frames, logger and checkpoint keys may change"
+            )
+    old.resume = cfg.resume
+    return old
+
+
+def _last_checkpoint(run: Path) -> Path | None:
+    return CheckpointRotation(run / "checkpoints", keep_last=1).latest() if (run / "checkpoints").is_dir() else None
+
+
+def run_directory(cfg: DictConfig) -> Path:
+    """Where a run keeps its records: Hydra's directory, or that of the run that goes on."""
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if OmegaConf.select(cfg, "resume") is None:
+        return directory
+    _remove_empty(directory)
+    return Path(cfg.resume)
+
+
+def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str]) -> Path | None:
+    """The last checkpoint of the run that ``resume`` names, ``None`` without one.
+
+    Args:
+        cfg: the config.
+        needed: components that it must hold, and what to call them.
+
+    Raises:
+        UsageError: where one is missing.
+    """
+    if cfg.resume is None:
+        return None
+    path = _last_checkpoint(Path(cfg.resume))
+    assert path is not None
+    held = Checkpoint.manifest(path)["components"]
+    for component, words in needed.items():
+        if component not in held:
+            raise UsageError(f"resume={cfg.resume}: must hold {words}; {path.name} has no {component}")
+    return path
 
 
 def _leaves(cfg: DictConfig, rules: Mapping[str, Rule]) -> Iterator[tuple[str, Any]]:

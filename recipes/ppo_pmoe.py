@@ -18,7 +18,6 @@ import numpy as np
 import runs
 import torch
 from common import Rule, UsageError, choice, either, flag, integer, number, text
-from hydra.core.hydra_config import HydraConfig
 from normalization import NormalizedPolicy, RunningNormalization
 from omegaconf import DictConfig, OmegaConf
 from ranking import proposal_ranking
@@ -72,10 +71,11 @@ PAPER = {
     "logger.eval_expert": "drawn",
     "optim.qvalue_grad_clip": "together",
 }
+# an expert is a good policy in turn with the others, not alone: the largest one at every step gets stuck (README)
 DEFAULTS = {
     "scoring": "responsibility",
     "routing": "frequency",
-    "logger.eval_expert": "largest",
+    "logger.eval_expert": "drawn",
     "optim.qvalue_grad_clip": "apart",
 }
 PAPER_NUM_EXPERTS = {
@@ -367,9 +367,18 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
             row.update(measure_ranking(cfg, actor, loss, evaluated) if last else dict.fromkeys(names, math.nan))
         return row
 
-    OmegaConf.save(cfg, run_dir / "config.yaml")
+    needed = {f"trainer_module.{NORMALIZATION}": "the running statistics of observations and rewards"}
+    checkpoint = common.checkpoint_to_resume(cfg, needed)
+    OmegaConf.save(OmegaConf.merge(cfg, {"resume": None}), run_dir / "config.yaml")
     runs.train_and_record(
-        cfg, run_dir, trainer, evaluated, algorithm="PPO", loss_columns=LOSS_COLUMNS, diagnose=diagnose
+        cfg,
+        run_dir,
+        trainer,
+        evaluated,
+        algorithm="PPO",
+        loss_columns=LOSS_COLUMNS,
+        diagnose=diagnose,
+        checkpoint=checkpoint,
     )
 
 
@@ -377,9 +386,11 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
 def main(cfg: DictConfig) -> None:
     """Check the config, then train."""
     with common.one_line_errors():
+        if cfg.resume is not None:
+            cfg = common.resumed_config(cfg)
         resolve_config(cfg)
         common.prepare_torch(cfg)
-        train(cfg, Path(HydraConfig.get().runtime.output_dir))
+        train(cfg, common.run_directory(cfg))
 
 
 if __name__ == "__main__":

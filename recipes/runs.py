@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import make_gym
+from common import UsageError, make_gym
 from omegaconf import DictConfig
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -420,6 +420,11 @@ def train_and_record(
     PeriodicEvaluation(evaluate, cfg.logger.eval_interval).register(trainer)
     if checkpoint is not None:
         trainer.load_from_file(checkpoint)
+        if trainer.collected_frames >= cfg.total_frames:
+            raise UsageError(
+                f"total_frames={cfg.total_frames}: must be above the {trainer.collected_frames} frames that "
+                f"resume={cfg.resume} has"
+            )
         recorder.resume(trainer.collected_frames)
 
     trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - set(unsaved)

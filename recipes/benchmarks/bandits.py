@@ -430,6 +430,8 @@ def chosen(
     fast: Sequence[SomeCombination],
 ) -> list[SomeCombination]:
     """The combinations that ``--fast`` and ``--only`` leave; ``--fast`` sets problems and seeds as well."""
+    if args.csv is not None and args.csv.is_dir():
+        parser.error(f"--csv={args.csv}: it is a folder")
     if args.fast:
         args.problems, args.seeds = ["two_equal"], 2
         return list(fast)
