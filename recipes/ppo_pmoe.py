@@ -359,7 +359,8 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         returns = normalization.episode_returns
         row = {"train_return": float(np.mean(returns)) if returns else math.nan}
         with torch.no_grad():
-            row["entropy"] = actor.get_dist(seen).entropy().mean().item()
+            dist = actor.get_dist(seen)
+            row["entropy"] = -dist.log_prob(dist.sample()).mean().item()
         row.update(runs.diagnose(actor, seen, low, high))
         if scored and cfg.logger.rank_states:
             last = frames >= cfg.total_frames

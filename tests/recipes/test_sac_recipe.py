@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import re
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+import recipe_runs
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from recipe_runs import assert_one_line, assert_only_a_progress_bar, assert_refused, common, rows, timeless_rows
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
+import sac_pmoe  # isort: skip
 
-import common  # noqa: E402
-import sac_pmoe  # noqa: E402
+start = partial(recipe_runs.start, "sac_pmoe")
+resolve = partial(recipe_runs.resolve, sac_pmoe)
 
 SMALL = [
     "env=Pendulum-v1",
@@ -30,24 +28,6 @@ SMALL = [
     "logger.eval_episodes=2",
     "checkpoint.interval=200",
 ]
-CLOCKS = {"wall_seconds", "frames_per_second"}
-
-
-def start(*args: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(RECIPES / "sac_pmoe.py"), *args],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +38,7 @@ def pmoe_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
 
 def test_run_ends_well_and_prints_a_progress_bar_alone(pmoe_run):
     _, done = pmoe_run
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    bars = [line for line in re.split(r"[\r\n]", done.stderr) if line.strip()]
-    assert all("frames/s" in line or "?frames" in line for line in bars), done.stderr
+    bars = assert_only_a_progress_bar(done)
     assert "return=" in bars[-1]
     assert "routing entropy=" in bars[-1]
 
@@ -87,10 +64,7 @@ def test_run_directory_holds_config_metrics_checkpoints_and_plot(pmoe_run):
 def test_same_seed_gives_the_same_metrics(pmoe_run, tmp_path):
     run, _ = pmoe_run
     start(*SMALL, "num_experts=3", "hydra.run.dir=run", directory=tmp_path)
-    first, second = (
-        [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows(path)] for path in (run, tmp_path / "run")
-    )
-    assert first == second
+    assert timeless_rows(run) == timeless_rows(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -113,13 +87,6 @@ def test_every_kind_of_run_ends_well(args, tmp_path):
 
 def test_batches_default_to_one_step_of_every_environment():
     assert resolve("collector.env_per_collector=3").collector.frames_per_batch == 3
-
-
-def resolve(*overrides: str):
-    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
-        cfg = compose("sac_pmoe", overrides=list(overrides))
-    sac_pmoe.resolve_config(cfg)
-    return cfg
 
 
 @pytest.mark.parametrize(
@@ -146,13 +113,7 @@ def resolve(*overrides: str):
     ],
 )
 def test_bad_value_is_named_with_what_is_allowed(override, allowed):
-    key, value = override.split("=", 1)
-    with pytest.raises(common.UsageError) as error:
-        resolve(override)
-    line = str(error.value)
-    assert line.startswith(f"{key}={value}: must be ")
-    assert allowed in line
-    assert "\n" not in line
+    assert_refused(sac_pmoe, override, allowed)
 
 
 @pytest.mark.parametrize(
@@ -199,10 +160,7 @@ def test_environment_that_cannot_be_run_is_refused(env, why, monkeypatch):
 )
 def test_bad_input_ends_in_one_line_with_status_2_and_leaves_nothing(args, tmp_path):
     done = start(*args, directory=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"error: {args[0]}: ")
+    assert_one_line(done, f"{args[0]}: ")
     assert list(tmp_path.iterdir()) == []
 
 

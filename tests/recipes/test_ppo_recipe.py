@@ -1,0 +1,377 @@
+"""The PPO recipe as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import recipe_runs
+import torch
+from omegaconf import OmegaConf
+from recipe_runs import assert_one_line, assert_only_a_progress_bar, assert_refused, common, rows, timeless_rows
+from scipy.stats import spearmanr
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+
+import ppo_pmoe  # isort: skip
+from normalization import NormalizedPolicy, RunningNormalization  # isort: skip
+from ranking import proposal_ranking, rank_correlation  # isort: skip
+
+start = partial(recipe_runs.start, "ppo_pmoe")
+resolve = partial(recipe_runs.resolve, ppo_pmoe)
+
+SMALL = [
+    "env=Pendulum-v1",
+    "total_frames=512",
+    "network.hidden_sizes=[16,16]",
+    "collector.frames_per_batch=128",
+    "loss.num_minibatches=4",
+    "loss.ppo_epochs=2",
+    "logger.eval_interval=256",
+    "logger.eval_episodes=2",
+    "checkpoint.interval=256",
+]
+MIXTURE_COLUMNS = ("return_mean", "return_std", "loss_objective", "loss_critic", "explained_variance", "clip_fraction",
+                   "kl_approx", "train_return", "entropy", "effective_experts", "effective_experts_per_state",
+                   "mutual_information", "dead_fraction", "saturation")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ppo")
+    done = start(*SMALL, "num_experts=3", "scoring=critic", "logger.rank_states=2", "hydra.run.dir=run",
+                 directory=directory)  # fmt: skip
+    return directory / "run", done
+
+
+def test_run_ends_well_and_prints_progress_bars_alone(run):
+    bars = assert_only_a_progress_bar(run[1])
+    assert "return=" in bars[-1]
+    assert "routing entropy=" in bars[-1]
+
+
+def test_run_directory_holds_config_metrics_checkpoints_and_plot(run):
+    directory, _ = run
+    config = OmegaConf.load(directory / "config.yaml")
+    assert config.num_experts == 3
+    assert config.resume is None
+    assert None not in (config.scoring, config.routing, config.device, config.logger.eval_expert)
+    assert (directory / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    table = rows(directory)
+    assert [row["frames"] for row in table] == ["256", "512"]
+    for row in table:
+        assert sum(float(row[f"usage_{k}"]) for k in range(3)) == pytest.approx(1.0, abs=1e-4)
+        for name in (*MIXTURE_COLUMNS, "loss_routing", "loss_qvalue"):
+            assert row[name] != "", name
+    assert table[0]["qvalue_rank_correlation"] == ""
+    assert -1 <= float(table[1]["qvalue_rank_correlation"]) <= 1
+
+
+def test_same_seed_gives_the_same_metrics(run, tmp_path):
+    start(*SMALL, "num_experts=3", "scoring=critic", "logger.rank_states=2", "hydra.run.dir=run", directory=tmp_path)
+    assert timeless_rows(run[0]) == timeless_rows(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["policy=gaussian"],
+        ["policy=gaussian", "actions=bounded", "optim.anneal_lr=false", "loss.clip_value=false"],
+        ["scoring=responsibility", "actions=bounded", "loss.entropy_coeff=0.01", "network.router=detached"],
+        ["scoring=frequency", "optim.router_lr=1e-3", "collector.env_per_collector=2", "normalization.reward=false"],
+        ["preset=paper", "logger.rank_states=0"],
+        ["scoring=critic", "routing=soft_frequency", "loss.entropy_coeff=0.01", "loss.num_proposals=2",
+         "logger.rank_states=0", "normalization.observation=false"],
+    ],
+    ids=lambda args: "-".join(args[:2]),
+)  # fmt: skip
+def test_every_kind_of_run_ends_well(args, tmp_path):
+    done = start(*SMALL, "hydra.run.dir=run", *args, directory=tmp_path)
+    assert_only_a_progress_bar(done)
+    assert [row["frames"] for row in rows(tmp_path / "run")] == ["256", "512"]
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("scoring=foo", "one of responsibility, frequency, critic"),
+        ("scoring=gradient", "one of responsibility, frequency, critic"),
+        ("routing=foo", "one of frequency, soft_frequency, marginal, none"),
+        ("routing=frequency", "null with scoring=responsibility"),
+        ("actions=foo", "one of unbounded, bounded"),
+        ("num_experts=0", "an integer >= 1"),
+        ("collector.frames_per_batch=2000", "a multiple of"),
+        ("loss.clip_epsilon=0", "a number > 0"),
+        ("loss.gae_lambda=1.5", "a number >= 0 and <= 1"),
+        ("optim.max_grad_norm=-1", "a number > 0"),
+        ("optim.qvalue_grad_clip=foo", "one of apart, together or null"),
+        ("normalization.clip=0", "a number > 0"),
+        ("network.router=foo", "one of linear, detached, shared, separate"),
+    ],
+)  # fmt: skip
+def test_bad_value_is_named_with_what_is_allowed(override, allowed):
+    assert_refused(ppo_pmoe, override, allowed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["preset=paper", "actions=bounded"], "actions"),
+        (["preset=paper", "scoring=frequency"], "scoring"),
+        (["preset=paper", "policy=gaussian"], "preset"),
+        (["policy=gaussian", "optim.router_lr=1e-3"], "optim.router_lr"),
+    ],
+)
+def test_combination_that_does_not_exist_is_refused(overrides, key):
+    with pytest.raises(common.UsageError, match=f"^{re.escape(key)}="):
+        resolve(*overrides)
+
+
+def test_the_papers_number_of_experts_is_the_default():
+    assert {env: resolve(f"env={env}-v4").num_experts for env in ("Ant", "Hopper", "Walker2d", "HalfCheetah")} == {
+        "Ant": 16,
+        "Hopper": 12,
+        "Walker2d": 4,
+        "HalfCheetah": 8,
+    }
+    assert resolve("env=Pendulum-v1").num_experts == 4
+
+
+def test_paper_preset_clips_the_qvalue_network_with_the_policy():
+    assert resolve("preset=paper").optim.qvalue_grad_clip == "together"
+    assert resolve("scoring=critic").optim.qvalue_grad_clip == "apart"
+
+
+@pytest.mark.parametrize(
+    ("args", "begins"),
+    [
+        (["loss.num_minibatches=7"], "collector.frames_per_batch=2048: must be a multiple of"),
+        (["env=CartPole-v1"], "env=CartPole-v1: must be"),
+        (["totl_frames=3"], "totl_frames=3: no such key"),
+        (["resume=nowhere"], "resume=nowhere: must be the directory of a run"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_bad_input_ends_in_one_line_with_status_2_and_leaves_nothing(args, begins, tmp_path):
+    assert_one_line(start(*args, directory=tmp_path), begins)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["Reward", "Observation"])
+def test_nan_from_the_environment_stops_the_run(what, tmp_path):
+    env = f"env=recipe_envs:Nan{what}-v0"
+    done = start(*SMALL, env, "total_frames=10_000", "hydra.run.dir=run", directory=tmp_path)
+    assert done.returncode == 1
+    assert re.search(rf"^error: .* NaN or infinite (next\.)?{what.lower()}", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("resume")
+    start(*SMALL, "hydra.run.dir=run", directory=directory)
+    before = rows(directory / "run")
+    done = start("resume=run", "total_frames=1024", directory=directory)
+    return directory, before, done
+
+
+def test_a_resumed_run_goes_on_where_it_was(resumed):
+    directory, before, done = resumed
+    assert done.returncode == 0, done.stderr
+    after = rows(directory / "run")
+    assert after[:2] == before
+    assert [row["frames"] for row in after] == ["256", "512", "768", "1024"]
+    assert sorted(path.name for path in directory.iterdir()) == ["run"]
+
+
+def test_statistics_go_on_counting_after_a_resume(resumed):
+    directory, _, _ = resumed
+    statistics = RunningNormalization(gym.spaces.Box(-1, 1, (3,)), observation=True, reward=True, clip=10, gamma=0.99)
+    checkpoint = common.Checkpoint()
+    checkpoint.register("trainer_module.normalization", statistics)
+    checkpoint.load(common._last_checkpoint(directory / "run"), components=["trainer_module.normalization"])
+    # one more observation per reset; the run started twice and an episode lasts 200 steps
+    assert 1024 < statistics.statistics["observation"].count <= 1024 + 2 + 1024 // 200
+    assert statistics.statistics["return"].count == pytest.approx(1024, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("args", "begins"),
+    [
+        ([], "total_frames=1024: must be above the 1024 frames"),
+        (["env=Hopper-v4"], "env=Hopper-v4: must be left out with resume=run"),
+    ],
+    ids=["finished", "other-env"],
+)
+def test_a_resume_that_makes_no_sense_is_one_line(args, begins, resumed):
+    assert_one_line(start("resume=run", *args, directory=resumed[0]), begins)
+
+
+def test_a_checkpoint_without_statistics_is_refused_in_one_line(tmp_path):
+    start(*SMALL, "hydra.run.dir=run", directory=tmp_path)
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        del content["components"]["trainer_module.normalization"]
+        manifest.write_text(json.dumps(content))
+    before = rows(tmp_path / "run")
+    done = start("resume=run", "total_frames=1024", directory=tmp_path)
+    assert_one_line(done, "resume=run: must hold the running statistics of observations and rewards")
+    assert rows(tmp_path / "run") == before
+
+
+# ------------------------------------------------------------------------------------------ normalisation
+
+
+class Ramp(gym.Env):
+    """Observations and rewards that are known beforehand; an episode lasts five steps."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, offset=0.0):
+        self.time, self.offset, self.taken = 0, offset, []
+
+    def observe(self):
+        return np.array([self.time + self.offset, 100.0 * self.time**2])
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.taken.append(float(action[0]))
+        self.time += 1
+        return self.observe(), 3.0 * self.time, self.time % 5 == 0, False, {}
+
+
+def running(**kwargs):
+    options = {"observation": True, "reward": True, "clip": 10.0, "gamma": 0.9, **kwargs}
+    return RunningNormalization(Ramp.observation_space, **options)
+
+
+def play(env, steps):
+    observations, rewards = [env.reset()[0]], []
+    for _ in range(steps):
+        observation, reward, terminated, _, _ = env.step(np.array([0.5]))
+        observations.append(observation)
+        rewards.append(reward)
+        if terminated:
+            observations.append(env.reset()[0])
+    return np.array(observations), np.array(rewards)
+
+
+def test_observations_are_normalised_by_all_that_was_seen_in_every_environment():
+    normalization = running()
+    plain = [play(Ramp(offset), 12)[0] for offset in (0.0, 7.0)]
+    for offset in (0.0, 7.0):
+        play(normalization.wrap(Ramp(offset), clip_action=False), 12)
+    seen = np.concatenate(plain)
+    found = normalization.statistics["observation"]
+    np.testing.assert_allclose(found.mean, seen.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(found.var, seen.var(0), rtol=1e-3)
+    probe = torch.tensor([[3.0, 900.0]], dtype=torch.float64)
+    expected = (probe.numpy() - seen.mean(0)) / seen.std(0)
+    np.testing.assert_allclose(normalization.normalize(probe).numpy(), expected, rtol=1e-3)
+
+
+def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
+    _, rewards = play(running().wrap(Ramp(), clip_action=False), 40)
+    returns, discounted = [], 0.0
+    for step in range(40):
+        discounted = 0.9 * discounted * (step % 5 != 4) + 3.0 * (step % 5 + 1)
+        returns.append(discounted)
+    assert rewards[-1] == pytest.approx(15.0 / np.std(returns), rel=1e-3)
+
+
+def test_normalised_values_are_clipped():
+    normalization = running(clip=0.5)
+    observations, rewards = play(normalization.wrap(Ramp(), clip_action=False), 30)
+    assert np.abs(observations).max() == 0.5
+    assert np.abs(rewards).max() == 0.5
+    assert normalization.normalize(torch.tensor([1e6, -1e6])).tolist() == [0.5, -0.5]
+
+
+def test_episode_returns_are_those_of_the_environment():
+    normalization = running()
+    play(normalization.wrap(Ramp(), clip_action=False), 11)
+    assert list(normalization.episode_returns) == [45.0, 45.0]
+
+
+def test_unbounded_actions_are_clipped_by_the_environment():
+    env = Ramp()
+    wrapped = running().wrap(env, clip_action=True)
+    wrapped.reset()
+    wrapped.step(np.array([7.0]))
+    assert env.taken == [1.0]
+    assert np.isinf(wrapped.action_space.high).all()
+
+
+def test_evaluation_reads_the_statistics_and_does_not_move_them():
+    normalization = running()
+    play(normalization.wrap(Ramp(), clip_action=False), 12)
+    before = normalization.state_dict()
+    echo = TensorDictModule(lambda o: 3.0 * o, in_keys=["observation"], out_keys=["action"])
+    policy = NormalizedPolicy(echo, normalization, torch.tensor(-1.0), torch.tensor(1.0))
+    observation = torch.tensor([[1.0, 100.0], [4.0, 1600.0]])
+    td = policy(TensorDict({"observation": observation}, [2]))
+    expected = (3.0 * normalization.normalize(observation)).clamp(-1, 1)
+    torch.testing.assert_close(td["action"], expected)
+    torch.testing.assert_close(td["observation"], observation)  # what the environment gave stays as it was
+    after = normalization.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_statistics_survive_a_checkpoint(tmp_path):
+    old, new = running(), running()
+    play(old.wrap(Ramp(), clip_action=False), 12)
+    common.Checkpoint(normalization=old).save(tmp_path / "checkpoint")
+    common.Checkpoint(normalization=new).load(tmp_path / "checkpoint")
+    assert all(torch.equal(value, new.state_dict()[key]) for key, value in old.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ ranking
+
+
+def test_rank_correlation_is_spearmans_over_the_experts_of_a_state():
+    rng = np.random.default_rng(0)
+    scores, returns = rng.normal(size=(5, 7)), rng.normal(size=(5, 7, 4))
+    found = rank_correlation(scores, returns)
+    expected = [spearmanr(scores[s], returns[s].mean(-1)).statistic for s in range(5)]
+    assert found.correlation == pytest.approx(np.mean(expected))
+    assert found.standard_error == pytest.approx(np.std(expected, ddof=1) / math.sqrt(5))
+    halves = [spearmanr(returns[s, :, :2].mean(-1), returns[s, :, 2:].mean(-1)).statistic for s in range(5)]
+    assert found.reliability == pytest.approx(np.mean(halves))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_ranking_of_a_known_value_is_found(sign, monkeypatch):
+    """On the pendulum, one step long: the cost of a torque is what the environment says it is."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    torques = np.array([[-2.0], [-0.7], [0.1], [1.3]], dtype=np.float32)
+
+    def propose(observation):
+        return torques, -sign * torques.squeeze(-1) ** 2
+
+    found = proposal_ranking(
+        "Pendulum-v1",
+        lambda observation: np.zeros((len(observation), 1), dtype=np.float32),
+        propose,
+        num_experts=4,
+        states=3,
+        gamma=0.9,
+        seed=0,
+        horizon=1,
+        warmup=20,
+        show=False,
+    )
+    assert found.correlation == pytest.approx(sign)
+    assert found.reliability == pytest.approx(1.0)
