@@ -100,19 +100,26 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         self.num_qvalue_nets = num_qvalue_nets
         self.qvalue_coeff = qvalue_coeff
         self._seen: tuple[TensorDictBase, NormalMixture] | None = None
+        if isinstance(qvalue_network, list) and len(qvalue_network) == 1:
+            qvalue_network = qvalue_network[0]
+        # one network alone stays as it is: stacking would draw its weights anew, and costs at every call
         self.convert_to_functional(
-            qvalue_network, "qvalue_network", expand_dim=num_qvalue_nets, create_target_params=False
+            qvalue_network,
+            "qvalue_network",
+            expand_dim=num_qvalue_nets if num_qvalue_nets > 1 else None,
+            create_target_params=False,
         )
         self._make_vmap()
 
     def _make_vmap(self) -> None:
-        self._vmap_qnetworkN0 = _vmap_func(
-            self.qvalue_network,
-            (None, 0),
-            randomness=self.vmap_randomness,
-            # one network alone is called as it is
-            pseudo_vmap=self.num_qvalue_nets == 1,
-        )
+        if self.num_qvalue_nets == 1:
+            self._vmap_qnetworkN0 = self._one_qnetwork
+        else:
+            self._vmap_qnetworkN0 = _vmap_func(self.qvalue_network, (None, 0), randomness=self.vmap_randomness)
+
+    def _one_qnetwork(self, tensordict: TensorDictBase, params: TensorDictParams) -> TensorDictBase:
+        with params.to_module(self.qvalue_network, preserve_module_state=False):
+            return self.qvalue_network(tensordict).unsqueeze(0)
 
     @property
     @_cache_values
