@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from ranking import proposal_ranking
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -239,6 +239,16 @@ def build_loss(
     )
 
 
+def build_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
+    """Holds the last batch of frames and hands it out in minibatches, each frame once an epoch."""
+    frames = cfg.collector.frames_per_batch
+    return TensorDictReplayBuffer(
+        storage=LazyTensorStorage(frames, device=cfg.device),
+        sampler=SamplerWithoutReplacement(),
+        batch_size=frames // cfg.loss.num_minibatches,
+    )
+
+
 def build_trainer(
     cfg: DictConfig,
     run_dir: Path,
@@ -246,10 +256,10 @@ def build_trainer(
     loss: ClipPPOLoss,
     actor: ProbabilisticActor,
     value: ValueOperator,
+    buffer: TensorDictReplayBuffer,
     normalization: RunningNormalization,
 ) -> Trainer:
     """The trainer with the hooks of on-policy learning."""
-    frames = collector.requested_frames_per_batch
     optimizer = runs.build_optimizer(cfg, loss, actor)
     apart = cfg.policy == "pmoe" and cfg.scoring == "critic" and cfg.optim.qvalue_grad_clip == "apart"
     stepper = MeanLossStepper(clip_apart=[loss.qvalue_network_params.parameters()] if apart else [])
@@ -270,17 +280,12 @@ def build_trainer(
         return gae(batch.to(cfg.device)).select(*TRAINED_ON).reshape(-1)
 
     trainer.register_op("batch_process", estimate)
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(frames, device=cfg.device),
-        sampler=SamplerWithoutReplacement(),
-        batch_size=frames // cfg.loss.num_minibatches,
-    )
     replay = ReplayBufferTrainer(buffer)
     trainer.register_op("batch_process", replay.extend)
     trainer.register_op("process_optim_batch", replay.sample)
     FiniteLoss(stepper).register(trainer)
     if cfg.optim.anneal_lr:
-        batches = -(-cfg.total_frames // frames)
+        batches = -(-cfg.total_frames // cfg.collector.frames_per_batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: max(0.0, 1.0 - batch / batches))
         LRSchedulerHook(schedule).register(trainer)
     trainer.register_module(NORMALIZATION, normalization)
@@ -348,14 +353,13 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     scored = cfg.policy == "pmoe" and cfg.scoring == "critic"
     loss = build_loss(cfg, actor, value, build_qvalue(cfg, spec, observation_size) if scored else None)
     collector = runs.build_collector(cfg, env, actor, frames_per_batch=cfg.collector.frames_per_batch)
-    trainer = build_trainer(cfg, run_dir, collector, loss, actor, value, normalization)
+    buffer = build_buffer(cfg)
+    trainer = build_trainer(cfg, run_dir, collector, loss, actor, value, buffer, normalization)
     drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
     evaluated = NormalizedPolicy(runs.MeanOfDrawnExpert(actor) if drawn else actor, normalization, low, high)
-    states: list[Tensor] = []
-    trainer.register_op("pre_steps_log", lambda batch: states.__setitem__(slice(None), [batch["observation"]]))
 
     def diagnose(frames: int) -> dict[str, float]:
-        seen = TensorDict({"observation": states[0]}, states[0].shape[:-1])
+        seen = buffer[:].select("observation")
         returns = normalization.episode_returns
         row = {"train_return": float(np.mean(returns)) if returns else math.nan}
         with torch.no_grad():
