@@ -45,6 +45,7 @@ RULES: dict[str, Rule] = {
     "network.qvalue_hidden_sizes": common.widths(),
     "network.router": choice("linear", "detached", "shared", "separate"),
     "network.head_gain": number(above=0),
+    "network.log_std_init": number(),
     "optim.anneal_lr": flag(),
     "optim.max_grad_norm": number(above=0),
     "optim.qvalue_grad_clip": either(choice("apart", "together"), None),
@@ -147,7 +148,7 @@ def orthogonal_(module: nn.Module, last_gain: float, hidden_gain: float = math.s
 def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> ProbabilisticActor:
     """The policy: a :class:`~torchrl_pmoe.PMOEActor`, or a Gaussian of TorchRL's own of the same size.
 
-    Scales do not depend on the state and start at one.
+    Scales do not depend on the state.
     """
     net, bounded = cfg.network, cfg.actions == "bounded"
     activation = common.ACTIVATIONS[net.activation]
@@ -170,6 +171,7 @@ def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> Pro
         orthogonal_(network.trunk, math.sqrt(2))
         orthogonal_(network.experts, net.head_gain)
         orthogonal_(network.router, net.head_gain)
+        nn.init.constant_(network.log_scale, net.log_std_init)
         return actor
     mlp = MLP(
         in_features=observation_size,
@@ -179,7 +181,9 @@ def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> Pro
         device=cfg.device,
     )
     orthogonal_(mlp, net.head_gain)
-    scale = AddStateIndependentNormalScale(spec.shape[-1], device=cfg.device, scale_mapping="exp")
+    scale = AddStateIndependentNormalScale(
+        spec.shape[-1], device=cfg.device, scale_mapping="exp", init_value=net.log_std_init
+    )
     limits = {"low": spec.space.low, "high": spec.space.high} if bounded else {}
     return ProbabilisticActor(
         TensorDictModule(nn.Sequential(mlp, scale), ["observation"], ["loc", "scale"]),

@@ -2,12 +2,14 @@
 
     python recipes/benchmarks/curves.py recipes/results/halfcheetah --title "HalfCheetah-v4, K=4, seed 0"
 
-Every ``NAME.csv`` in the folder is the ``metrics.csv`` of one run.
+Every ``NAME.csv`` in the folder is the ``metrics.csv`` of one run; ``NAME-seedN.csv`` share the colour of ``NAME``.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections import Counter
 from pathlib import Path
 
 import matplotlib as mpl
@@ -25,9 +27,14 @@ def draw(runs: dict[str, pd.DataFrame], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for place, (name, data) in enumerate(runs.items()):
+    methods = list(dict.fromkeys(re.sub(r"-seed\d+$", "", name) for name in runs))
+    seen: Counter[str] = Counter()
+    for name, data in runs.items():
+        method = re.sub(r"-seed\d+$", "", name)
+        place = methods.index(method)
         color, marker = STYLES[place % len(STYLES)]
-        again = place >= len(STYLES)
+        again = place >= len(STYLES) or seen[method] > 0
+        seen[method] += 1
         ax.errorbar(
             data["frames"], data["return_mean"], data["return_std"],
             color=color, marker=marker, markersize=6, linewidth=1.8, elinewidth=0.8, capsize=2,
