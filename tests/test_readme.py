@@ -1,4 +1,4 @@
-"""The example of the README, as a reader would paste it."""
+"""The examples of the README, as a reader would paste them one after the other."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 
-def test_example_runs_and_trains_the_router():
+def test_examples_run_and_train_the_router():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(examples) == 2
     names: dict[str, object] = {}
-    exec(example, names)
-    assert all(parameter.grad.norm() > 0 for parameter in names["actor"].router_parameters())
+    for example in examples:
+        exec(example, names)
+        assert all(parameter.grad.norm() > 0 for parameter in names["actor"].router_parameters())
