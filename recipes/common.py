@@ -259,7 +259,7 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
         UsageError: where there is no such run, or another key was given.
     """
     run = Path(cfg.resume)
-    if not (run / "config.yaml").is_file() or _last_checkpoint(run) is None:
+    if not (run / "config.yaml").is_file() or last_checkpoint(run) is None:
         raise UsageError(f"resume={run}: must be the directory of a run, with its config.yaml and checkpoints")
     old = OmegaConf.load(run / "config.yaml")
     assert isinstance(old, DictConfig)
@@ -276,7 +276,8 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
     return old
 
 
-def _last_checkpoint(run: Path) -> Path | None:
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint in a run's directory, ``None`` where there is none."""
     return CheckpointRotation(run / "checkpoints", keep_last=1).latest() if (run / "checkpoints").is_dir() else None
 
 
@@ -301,7 +302,7 @@ def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str]) -> Path | N
     """
     if cfg.resume is None:
         return None
-    path = _last_checkpoint(Path(cfg.resume))
+    path = last_checkpoint(Path(cfg.resume))
     assert path is not None
     held = Checkpoint.manifest(path)["components"]
     for component, words in needed.items():

@@ -8,6 +8,7 @@ Every key is in ``recipes/config/ppo_pmoe.yaml``.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ import torch
 from common import Rule, UsageError, choice, either, flag, integer, number, text
 from normalization import NormalizedPolicy, RunningNormalization
 from omegaconf import DictConfig, OmegaConf
-from ranking import proposal_ranking
+from ranking import Ranking, proposal_ranking
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
-from torch import nn
+from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictModuleBase
+from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer, TensorSpec
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import ClipPPOLoss
@@ -132,6 +134,11 @@ def resolve_config(cfg: DictConfig) -> None:
             ),
         },
     )
+
+
+def critic_scored(cfg: DictConfig) -> bool:
+    """Whether there is a Q-network."""
+    return cfg.policy == "pmoe" and cfg.scoring == "critic"
 
 
 # --------------------------------------------------------------------------------------------- parts
@@ -243,6 +250,45 @@ def build_loss(
     )
 
 
+@dataclass(frozen=True)
+class Agent:
+    """What is trained, and the environment that it is trained in."""
+
+    env: EnvBase
+    normalization: RunningNormalization
+    actor: ProbabilisticActor
+    value: ValueOperator
+    loss: ClipPPOLoss
+    low: Tensor
+    high: Tensor
+
+    def outside(self, policy: TensorDictModuleBase) -> NormalizedPolicy:
+        """A policy of this agent for environments without wrappers."""
+        return NormalizedPolicy(policy, self.normalization, self.low, self.high)
+
+
+def build_agent(cfg: DictConfig) -> Agent:
+    """Everything that a resolved config describes, seeded."""
+    raw = common.make_gym(cfg.env)
+    normalization = RunningNormalization(
+        raw.observation_space,  # type: ignore[arg-type]
+        observation=cfg.normalization.observation,
+        reward=cfg.normalization.reward,
+        clip=cfg.normalization.clip,
+        gamma=cfg.optim.gamma,
+    )
+    box: Any = raw.action_space
+    raw.close()
+    wrap = partial(normalization.wrap, clip_action=cfg.actions == "unbounded")
+    env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector, wrap)
+    common.seed_everything(cfg.seed)
+    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
+    actor, value = build_actor(cfg, spec, observation_size), build_value(cfg, observation_size)
+    loss = build_loss(cfg, actor, value, build_qvalue(cfg, spec, observation_size) if critic_scored(cfg) else None)
+    low, high = (torch.as_tensor(bound, device=cfg.device) for bound in (box.low, box.high))
+    return Agent(env, normalization, actor, value, loss, low, high)
+
+
 def build_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
     """Holds the last batch of frames and hands it out in minibatches, each frame once an epoch."""
     frames = cfg.collector.frames_per_batch
@@ -254,18 +300,12 @@ def build_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
 
 
 def build_trainer(
-    cfg: DictConfig,
-    run_dir: Path,
-    collector: Collector,
-    loss: ClipPPOLoss,
-    actor: ProbabilisticActor,
-    value: ValueOperator,
-    buffer: TensorDictReplayBuffer,
-    normalization: RunningNormalization,
+    cfg: DictConfig, run_dir: Path, agent: Agent, collector: Collector, buffer: TensorDictReplayBuffer
 ) -> Trainer:
     """The trainer with the hooks of on-policy learning."""
-    optimizer = runs.build_optimizer(cfg, loss, actor)
-    apart = cfg.policy == "pmoe" and cfg.scoring == "critic" and cfg.optim.qvalue_grad_clip == "apart"
+    loss = agent.loss
+    optimizer = runs.build_optimizer(cfg, loss, agent.actor)
+    apart = critic_scored(cfg) and cfg.optim.qvalue_grad_clip == "apart"
     stepper = MeanLossStepper(clip_apart=[loss.qvalue_network_params.parameters()] if apart else [])
     trainer = runs.build_trainer(
         cfg,
@@ -278,7 +318,7 @@ def build_trainer(
         optim_steps_per_batch=cfg.loss.num_minibatches,
         num_epochs=cfg.loss.ppo_epochs,
     )
-    gae = GAE(gamma=cfg.optim.gamma, lmbda=cfg.loss.gae_lambda, value_network=value, device=cfg.device)
+    gae = GAE(gamma=cfg.optim.gamma, lmbda=cfg.loss.gae_lambda, value_network=agent.value, device=cfg.device)
 
     def estimate(batch: TensorDictBase) -> TensorDictBase:
         return gae(batch.to(cfg.device)).select(*TRAINED_ON).reshape(-1)
@@ -292,17 +332,23 @@ def build_trainer(
         batches = -(-cfg.total_frames // cfg.collector.frames_per_batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: max(0.0, 1.0 - batch / batches))
         LRSchedulerHook(schedule).register(trainer)
-    trainer.register_module(NORMALIZATION, normalization)
+    trainer.register_module(NORMALIZATION, agent.normalization)
     return trainer
 
 
 # --------------------------------------------------------------------------------------------- training
 
 
-def measure_ranking(
-    cfg: DictConfig, actor: ProbabilisticActor, loss: PMOEClipPPOLoss, policy: NormalizedPolicy
-) -> dict[str, float]:
-    """How well the Q-network ranks the experts' proposals, by Monte-Carlo returns."""
+def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -> Ranking:
+    """How well the Q-network ranks the experts' proposals, by Monte-Carlo returns.
+
+    Args:
+        cfg: the config.
+        agent: with a loss that scores.
+        states: that the policy meets.
+        **kwargs: of :func:`ranking.proposal_ranking`.
+    """
+    policy = agent.outside(agent.actor)
 
     def read(observation: np.ndarray) -> TensorDict:
         states = torch.as_tensor(observation, dtype=torch.float32, device=cfg.device)
@@ -313,67 +359,46 @@ def measure_ranking(
 
     def propose(observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states = read(observation)
-        states["observation"] = policy.normalization.normalize(states["observation"])
-        proposals = actor.get_dist(states).propose().action
-        score = loss.score_proposals(states, proposals)
-        return proposals.clamp(policy.low, policy.high).cpu().numpy(), score.cpu().numpy()
+        states["observation"] = agent.normalization.normalize(states["observation"])
+        proposals = agent.actor.get_dist(states).propose().action
+        score = agent.loss.score_proposals(states, proposals)
+        return proposals.clamp(agent.low, agent.high).cpu().numpy(), score.cpu().numpy()
 
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-        found = proposal_ranking(
+        return proposal_ranking(
             cfg.env,
             act,
             propose,
             num_experts=cfg.num_experts,
-            states=cfg.logger.rank_states,
+            states=states,
             gamma=cfg.optim.gamma,
             seed=cfg.seed + 2_000_000,
             show=cfg.logger.progress_bar,
+            **kwargs,
         )
-    return {
-        "qvalue_rank_correlation": found.correlation,
-        "qvalue_rank_standard_error": found.standard_error,
-        "qvalue_rank_reliability": found.reliability,
-    }
 
 
 def train(cfg: DictConfig, run_dir: Path) -> None:
     """Run one training from a resolved config and leave its records in ``run_dir``."""
-    raw = common.make_gym(cfg.env)
-    normalization = RunningNormalization(
-        raw.observation_space,  # type: ignore[arg-type]
-        observation=cfg.normalization.observation,
-        reward=cfg.normalization.reward,
-        clip=cfg.normalization.clip,
-        gamma=cfg.optim.gamma,
-    )
-    box: Any = raw.action_space
-    low, high = (torch.as_tensor(bound, device=cfg.device) for bound in (box.low, box.high))
-    raw.close()
-    wrap = partial(normalization.wrap, clip_action=cfg.actions == "unbounded")
-    env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector, wrap)
-    common.seed_everything(cfg.seed)
-    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
-    actor, value = build_actor(cfg, spec, observation_size), build_value(cfg, observation_size)
-    scored = cfg.policy == "pmoe" and cfg.scoring == "critic"
-    loss = build_loss(cfg, actor, value, build_qvalue(cfg, spec, observation_size) if scored else None)
-    collector = runs.build_collector(cfg, env, actor, frames_per_batch=cfg.collector.frames_per_batch)
+    agent = build_agent(cfg)
+    actor, returns = agent.actor, agent.normalization.episode_returns
+    collector = runs.build_collector(cfg, agent.env, actor, frames_per_batch=cfg.collector.frames_per_batch)
     buffer = build_buffer(cfg)
-    trainer = build_trainer(cfg, run_dir, collector, loss, actor, value, buffer, normalization)
+    trainer = build_trainer(cfg, run_dir, agent, collector, buffer)
     drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
-    evaluated = NormalizedPolicy(runs.MeanOfDrawnExpert(actor) if drawn else actor, normalization, low, high)
 
     def diagnose(frames: int) -> dict[str, float]:
         seen = buffer[:].select("observation")
-        returns = normalization.episode_returns
         row = {"train_return": float(np.mean(returns)) if returns else math.nan}
         with torch.no_grad():
             dist = actor.get_dist(seen)
             row["entropy"] = -dist.log_prob(dist.sample()).mean().item()
-        row.update(runs.diagnose(actor, seen, low, high))
-        if scored and cfg.logger.rank_states:
-            last = frames >= cfg.total_frames
-            names = ("qvalue_rank_correlation", "qvalue_rank_standard_error", "qvalue_rank_reliability")
-            row.update(measure_ranking(cfg, actor, loss, evaluated) if last else dict.fromkeys(names, math.nan))
+        row.update(runs.diagnose(actor, seen, agent.low, agent.high))
+        if critic_scored(cfg) and cfg.logger.rank_states:
+            found = Ranking(math.nan, math.nan, math.nan)
+            if frames >= cfg.total_frames:
+                found = measure_ranking(cfg, agent, cfg.logger.rank_states)
+            row.update({f"qvalue_rank_{name}": value for name, value in asdict(found).items()})
         return row
 
     needed = {f"trainer_module.{NORMALIZATION}": "the running statistics of observations and rewards"}
@@ -383,7 +408,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         cfg,
         run_dir,
         trainer,
-        evaluated,
+        agent.outside(runs.MeanOfDrawnExpert(actor) if drawn else actor),
         algorithm="PPO",
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose,

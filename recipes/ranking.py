@@ -75,22 +75,28 @@ class _Copies:
     def apart(
         self, action: Array, act: Callable[[Array], Array], horizon: int, gamma: float, tick: Callable[[], object]
     ) -> Array:
-        """Discounted returns of actions ``[N, A]``, one a copy, followed by ``act``."""
-        returns = np.zeros(len(self.envs))
-        observation = np.zeros((len(self.envs), *self.envs[0].observation_space.shape))  # type: ignore[misc]
-        running = np.arange(len(self.envs))
-        for step in range(horizon):
-            going = []
-            for row, index in enumerate(running):
-                observation[index], reward, terminated, truncated, _ = self.envs[index].step(action[row])
-                returns[index] += gamma**step * float(reward)
-                if not (terminated or truncated):
-                    going.append(index)
+        """Discounted returns of actions ``[K, A]``, each taken by ``R`` of the copies, ``[K, R]``.
+
+        ``act`` goes on with the same random numbers for every action: what differs is the action, not the luck.
+        """
+        copies = np.array(self.envs, dtype=object).reshape(len(action), -1)
+        returns = np.zeros(copies.shape)
+        observation = np.zeros((*copies.shape, *self.envs[0].observation_space.shape))  # type: ignore[misc]
+        going = np.ones(copies.shape, dtype=bool)
+        following = action[:, None].repeat(copies.shape[1], axis=1)
+        seeds = torch.randint(2**62, (horizon,)).tolist()
+        for step, seed in enumerate(seeds):
+            for place in zip(*going.nonzero(), strict=True):
+                observation[place], reward, terminated, truncated, _ = copies[place].step(following[place])
+                returns[place] += gamma**step * float(reward)
+                going[place] = not (terminated or truncated)
             tick()
-            running = np.array(going, dtype=int)
-            if not len(running):
+            if not going.any():
                 break
-            action = act(observation[running])
+            for row in np.flatnonzero(going.any(1)):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    following[row] = act(observation[row])
         return returns
 
     def close(self) -> None:
@@ -107,8 +113,8 @@ def proposal_ranking(
     states: int,
     gamma: float,
     seed: int,
-    rollouts: int = 4,
-    horizon: int = 300,
+    rollouts: int = 16,
+    horizon: int = 100,
     warmup: int = 300,
     show: bool = True,
 ) -> Ranking:
@@ -143,7 +149,6 @@ def proposal_ranking(
                 if ended:
                     observation = copies.reset(None)
             proposals, scores[state] = propose(observation)
-            first = proposals.repeat(rollouts, axis=0)
-            returns[state] = copies.apart(first, act, horizon, gamma, bar.update).reshape(num_experts, rollouts)
+            returns[state] = copies.apart(proposals, act, horizon, gamma, bar.update)
     copies.close()
     return rank_correlation(scores, returns)

@@ -90,11 +90,6 @@ class Setting:
     cells: int = 64
     loc_spread: float = 1.0
 
-    @property
-    def steps(self) -> int:
-        """Of Adam, in all."""
-        return self.iterations * self.epochs * (self.batch // self.minibatch)
-
 
 @dataclass(frozen=True)
 class OnPolicyOutcome(Outcome):
@@ -108,15 +103,13 @@ class OnPolicyOutcome(Outcome):
 
 
 class RowLinear(nn.Module):
-    """A linear layer per row, initialised as ``nn.Linear`` from the seed of the row."""
+    """A linear layer per row, initialised as ``nn.Linear`` by the row's generator."""
 
-    def __init__(self, seeds: Iterable[int], in_features: int, out_features: int) -> None:
+    def __init__(self, generators: Iterable[torch.Generator], in_features: int, out_features: int) -> None:
         super().__init__()
         limit = in_features**-0.5
-        rows = []
-        for seed in seeds:
-            generator = torch.Generator().manual_seed(seed)
-            rows.append(torch.empty(in_features + 1, out_features).uniform_(-limit, limit, generator=generator))
+        shape = (in_features + 1, out_features)  # the bias comes last
+        rows = [torch.empty(shape).uniform_(-limit, limit, generator=generator) for generator in generators]
         self.weight = nn.Parameter(torch.stack(rows))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,14 +118,18 @@ class RowLinear(nn.Module):
 
 
 class LearnedValue(nn.Module):
-    """A Q-network per row: two hidden layers over the action."""
+    """A Q-network per row: two hidden layers over the action, the same for a seed whatever is trained."""
 
-    def __init__(self, seeds: Sequence[int], action_size: int, cells: int) -> None:
+    def __init__(self, seeds: Iterable[int], action_size: int, cells: int) -> None:
         super().__init__()
+        rows = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.layers = nn.Sequential(
-            RowLinear(seeds, action_size, cells), nn.ReLU(), RowLinear(seeds, cells, cells), nn.ReLU(),
-            RowLinear(seeds, cells, 1),
-        )  # fmt: skip
+            RowLinear(rows, action_size, cells),
+            nn.ReLU(),
+            RowLinear(rows, cells, cells),
+            nn.ReLU(),
+            RowLinear(rows, cells, 1),
+        )
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Value ``[R, *B, 1]`` of ``action`` ``[R, *B, A]``; the first dimension is the row, observed or not."""
@@ -218,8 +215,6 @@ def build(method: Method, bandits: Sequence[Bandit], seeds: Sequence[int], setti
     loss_module = PMOEClipPPOLoss(
         actor, None, qvalue, routing=method.routing, routing_coef=setting.routing_coef, **options
     )
-    # the loss module has drawn weights of its own, from the range over all rows
-    loss_module.qvalue_network_params.data.copy_(TensorDict.from_module(qvalue).data.unsqueeze(0))
     return Learner(actor, loss_module, known)
 
 

@@ -55,15 +55,15 @@ def test_first_gradient_is_that_of_the_soft_objective(name, method, factor):
     bandit = BANDITS[name]
     start = _start(bandit, bandit.num_experts)
     # every row is an estimate of its own: the spread between them is the error
-    learner = bandits_ppo.build(method, [bandit], range(48), Setting())
-    (weight,) = (p for p in learner.actor.parameters() if p.shape == (48, len(start)))
+    learner = bandits_ppo.build(method, [bandit], range(32), Setting())
+    (weight,) = (p for p in learner.actor.parameters() if p.shape == (32, len(start)))
     weight.data.copy_(start)
-    learner.loss(learner.act(2048)).sum().backward()
+    learner.loss(learner.act(1024)).sum().backward()
     found = -weight.grad.double()
     error = found.std(0) / len(found) ** 0.5
     expected = _gradient_of_the_soft_objective(bandit, start)
     expected[: bandit.num_experts] *= factor
-    assert error.norm() < 0.05 * expected.norm()
+    assert error.norm() < 0.1 * expected.norm()
     assert ((found.mean(0) - expected).abs() < 4.0 * error).all()
 
 
@@ -82,16 +82,15 @@ def test_policies_do_not_notice_what_the_others_learn(method):
 def test_seeds_begin_with_their_own_actor_and_critic():
     def beginning(*seeds):
         learner = bandits_ppo.build(LEARNED, [BANDITS["two_equal"]], seeds, SHORT)
-        # the networks of the loss module carry one dimension more
-        return [p.flatten(0, -3)[-len(seeds) :] for p in learner.loss_module.parameters() if p.ndim > 2], learner
+        return list(learner.loss_module.parameters()), learner
 
     together, learner = beginning(4, 5)
     alone, _ = beginning(5)
-    assert len(together) == 3
+    assert len(together) == 4  # the table of actors, three layers
     for both, one in zip(together, alone, strict=True):
         assert_close(both[1:], one)
         assert not torch.equal(both[0], both[1])
-    # and what is trained is what scores
+    # what is trained is what scores
     before = learner.rank_correlation()
     for weight in learner.loss_module.qvalue_network_params.parameters():
         weight.data.normal_()
@@ -111,22 +110,21 @@ def test_known_value_ranks_as_itself():
     assert_close(learner.rank_correlation(), torch.ones(2, dtype=torch.float64))
 
 
-def test_a_short_training_learns_policies_and_values():
-    setting = Setting(iterations=40)
+@pytest.mark.parametrize("method", [RESPONSIBILITY, LEARNED], ids=str)
+def test_a_short_training_learns_policies_and_values(method):
     bandit = BANDITS["two_equal"]
-    for method in (RESPONSIBILITY, LEARNED):
-        before, _ = bandits_ppo.train(method, [bandit], [0, 1], replace(setting, iterations=1, lr=1e-9))
-        found = list(bandits_ppo.run([method], [bandit], [0, 1], setting))
-        for outcome, start in zip(found, evaluate(bandit, *before).objective, strict=True):
-            assert outcome.objective > start.item() + 1.0
-            assert 0.9 < outcome.share <= 1.0
-    assert all(outcome.rank_correlation > 0.8 for outcome in found)
+    start, _ = bandits_ppo.train(method, [bandit], [0, 1], replace(SHORT, lr=1e-9))
+    found = list(bandits_ppo.run([method], [bandit], [0, 1], Setting(iterations=20)))
+    for outcome, before in zip(found, evaluate(bandit, *start).objective, strict=True):
+        assert outcome.objective > before.item() + 0.6
+        assert 0.85 < outcome.share <= 1.0
+        assert method is RESPONSIBILITY or outcome.rank_correlation > 0.9
 
 
 def test_command_prints_a_table_and_writes_a_row_per_policy(tmp_path, capsys):
     path = tmp_path / "out" / "bandits_ppo.csv"
     size = ["--seeds", "2", "--iterations", "2", "--batch", "8", "--minibatch", "4", "--epochs", "1"]
-    bandits_ppo.main(["--problems", "two_equal", "four_peaks", *size, "--csv", str(path)])
+    found = bandits_ppo.main(["--problems", "two_equal", "unequal", *size, "--csv", str(path)])
     printed = capsys.readouterr().out
     assert "### two_equal (optimum 1.818, 2 peaks, 2 seeds)" in printed
     for method in METHODS:
@@ -137,8 +135,9 @@ def test_command_prints_a_table_and_writes_a_row_per_policy(tmp_path, capsys):
     assert {row["seed"] for row in rows} == {"0", "1"}
     # only a Q-network has a rank correlation
     assert all((row["rank_correlation"] == "nan") == (row["scoring"] != "critic") for row in rows)
-    bandits_ppo.main(["--show", str(path)])
-    assert capsys.readouterr().out.strip() == printed[: printed.index("Wrote")].strip()
+    for again, outcome in zip(bandits_ppo.main(["--show", str(path)]), found, strict=True):
+        assert vars(again) == pytest.approx(vars(outcome), abs=1e-5, nan_ok=True)
+    assert capsys.readouterr().out.count("\n") == printed[: printed.index("Wrote")].count("\n")
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_statistics_go_on_counting_after_a_resume(resumed):
     statistics = RunningNormalization(gym.spaces.Box(-1, 1, (3,)), observation=True, reward=True, clip=10, gamma=0.99)
     checkpoint = common.Checkpoint()
     checkpoint.register("trainer_module.normalization", statistics)
-    checkpoint.load(common._last_checkpoint(directory / "run"), components=["trainer_module.normalization"])
+    checkpoint.load(common.last_checkpoint(directory / "run"), components=["trainer_module.normalization"])
     # one more observation per reset; the run started twice and an episode lasts 200 steps
     assert 1024 < statistics.statistics["observation"].count <= 1024 + 2 + 1024 // 200
     assert statistics.statistics["return"].count == pytest.approx(1024, abs=1)
