@@ -143,7 +143,7 @@ def make_onpolicy_batch(actor: PMOEActor, size: int = 8, dtype: torch.dtype = to
         dist = actor.get_dist(batch.copy())
         ratio = torch.linspace(0.55, 1.5, size, dtype=dtype)
         # the parameters as well: KLPENPPOLoss compares with the policy they describe
-        batch.update({"logits": dist.logits + 0.3, "loc": dist.loc + 0.1, "scale": dist.scale * 1.1})
+        batch.update({"logits": 0.5 * dist.logits, "loc": dist.loc + 0.1, "scale": dist.scale * 1.1})
         batch["action_log_prob"] = dist.log_prob(batch["action"]) - ratio.log()
     sign = torch.tensor([1.0, -1.0], dtype=dtype).repeat(size)[:size]
     batch["advantage"] = (sign * (0.5 + torch.rand(size, dtype=dtype))).unsqueeze(-1)

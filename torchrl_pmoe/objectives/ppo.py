@@ -99,7 +99,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         )
         self.num_qvalue_nets = num_qvalue_nets
         self.qvalue_coeff = qvalue_coeff
-        self._seen: tuple[TensorDictBase, NormalMixture] | None = None
+        self._seen: list[tuple[TensorDictBase, NormalMixture]] | None = None
         if isinstance(qvalue_network, list) and len(qvalue_network) == 1:
             qvalue_network = qvalue_network[0]
         # one network alone stays as it is: stacking would draw its weights anew, and costs at every call
@@ -108,8 +108,10 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
             "qvalue_network",
             expand_dim=num_qvalue_nets if num_qvalue_nets > 1 else None,
             create_target_params=False,
+            compare_against=list(actor_network.parameters()) if self.separate_losses else None,
         )
         self._make_vmap()
+        self._in_keys = None  # the parent has listed them without the Q-network
 
     def _make_vmap(self) -> None:
         if self.num_qvalue_nets == 1:
@@ -135,9 +137,10 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
 
     def _set_in_keys(self) -> None:
         super()._set_in_keys()
-        known = {unravel_key(key) for key in self._in_keys}
-        self._in_keys += [key for key in map(unravel_key, self.qvalue_network.in_keys) if key not in known]
+        known = [unravel_key(key) for key in self._in_keys or ()]
+        self._in_keys = known + [key for key in map(unravel_key, self.qvalue_network.in_keys) if key not in known]
 
+    _in_keys: list[NestedKey] | None
     _out_keys: list[NestedKey] | None
 
     @property
@@ -156,7 +159,8 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         # the parent's forward keeps the mixture and the value target to itself; both pass through here
         found = super()._log_weight(tensordict, adv_shape)
         self._check_mixture(found[1], tensordict)
-        self._seen = (tensordict, found[1])
+        if self._seen is not None:
+            self._seen.append((tensordict, found[1]))
         return found
 
     def loss_qvalue(self, tensordict: TensorDictBase) -> Tensor:
@@ -167,11 +171,20 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
 
         Returns:
             ``[*B]``, with ``qvalue_coeff``.
+
+        Raises:
+            KeyError: if there is no value target.
         """
         states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
         states = self._vmap_qnetworkN0(states, self.qvalue_network_params)
         value = states.get(self.tensor_keys.state_action_value)
-        target = tensordict.get(self.tensor_keys.value_target).expand_as(value)
+        target = tensordict.get(self.tensor_keys.value_target, None)
+        if target is None:
+            raise KeyError(
+                f"{type(self).__name__}: the Q-network is fitted to the value target, and there is no "
+                f"{self.tensor_keys.value_target!r} in the input."
+            )
+        target = target.expand_as(value)
         return self.qvalue_coeff * distance_loss(value, target, loss_function=self.loss_critic_type).squeeze(-1).sum(0)
 
     @torch.no_grad()
@@ -187,10 +200,10 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         Args:
             tensordict: a batch ``[*B]`` of transitions, with advantage and value target or what it takes to find them.
         """
+        self._seen = []
         try:
             losses = super().forward(tensordict)
-            assert self._seen is not None
-            batch, dist = self._seen
+            ((batch, dist),) = self._seen
         finally:
             self._seen = None
         scored = self._score(batch, dist)

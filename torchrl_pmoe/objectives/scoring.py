@@ -53,6 +53,10 @@ class CriticScoredLoss:
     _vmap_qnetworkN0: Callable[..., TensorDictBase]
     _cached_detached_qvalue_params: Any
 
+    def __getstate__(self) -> dict[str, Any]:
+        # TorchRL caches the detached parameters: a copy would go on scoring with those of the original
+        return {**self.__dict__, "_cache": {}}
+
     def _set_routing(
         self,
         *,
@@ -164,7 +168,8 @@ class CriticScoredLoss:
         else:
             # only differences matter to the softmax; those to the best keep a small alpha from overflowing
             gap = wide(value) - wide(value).amax(-1, keepdim=True)
-            exponent = gap / self._temperature.clamp_min(torch.finfo(gap.dtype).tiny) - wide(log_prob)
+            temperature = self._temperature.to(gap.dtype).clamp_min(torch.finfo(gap.dtype).tiny)
+            exponent = gap / temperature - wide(log_prob)
             frequency = soft_frequency(over_draws(exponent), dist.logits if dist.score == "mixture" else None)
         frequency = frequency.to(dist.logits.dtype)
         if self.routing_loss == "brier":
