@@ -261,6 +261,17 @@ def test_no_critic_parameter_receives_the_actors_gradient():
     assert all(p.grad is None for p in loss.qvalue_network_params.values(True, True))
 
 
+@pytest.mark.parametrize("kind", [PMOESACLoss, PMOETQCLoss])
+def test_a_critic_in_a_list_of_its_own_is_trained(kind):
+    torch.manual_seed(0)
+    critic = make_critic(5 if kind is PMOETQCLoss else 1)
+    loss = build(make_actor(), [critic], kind=kind, num_qvalue_nets=1)
+    total(loss(make_batch())).backward()
+    gradients = [p.grad for name, p in loss.named_parameters() if name.startswith("qvalue_network_params")]
+    assert gradients
+    assert all(gradient.norm() > 0 for gradient in gradients)
+
+
 def test_with_one_expert_the_loss_is_sac():
     """K=1: same parameters and noise, TorchRL's own SACLoss over TanhNormal."""
     torch.manual_seed(0)

@@ -100,11 +100,9 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         self.num_qvalue_nets = num_qvalue_nets
         self.qvalue_coeff = qvalue_coeff
         self._seen: list[tuple[TensorDictBase, NormalMixture]] | None = None
-        if isinstance(qvalue_network, list) and len(qvalue_network) == 1:
-            qvalue_network = qvalue_network[0]
         # one network alone stays as it is: stacking would draw its weights anew, and costs at every call
         self.convert_to_functional(
-            qvalue_network,
+            self._networks(qvalue_network),
             "qvalue_network",
             expand_dim=num_qvalue_nets if num_qvalue_nets > 1 else None,
             create_target_params=False,

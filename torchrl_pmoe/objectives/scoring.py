@@ -88,6 +88,12 @@ class CriticScoredLoss:
         self.num_proposals = num_proposals
 
     @staticmethod
+    def _networks(qvalue_network: Any) -> Any:
+        """A list of one network becomes that network: TorchRL would register no parameters for the list."""
+        single = isinstance(qvalue_network, list) and len(qvalue_network) == 1
+        return qvalue_network[0] if single else qvalue_network
+
+    @staticmethod
     def _check_actor(owner: str, actor: Any) -> None:
         heads = [module for module in actor.modules() if isinstance(module, ProbabilisticTensorDictModule)]
         kind = heads[-1].distribution_class if heads else None
