@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import Counter
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,15 +25,14 @@ def draw(runs: dict[str, pd.DataFrame], title: str, path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    methods = list(dict.fromkeys(re.sub(r"-seed\d+$", "", name) for name in runs))
-    seen: Counter[str] = Counter()
+    fig, ax = plt.subplots(figsize=(11, 5.5), layout="constrained")
+    method = {name: re.sub(r"-seed\d+$", "", name) for name in runs}
+    methods = sorted(set(method.values()))
+    first = {method[name]: name for name in sorted(runs, reverse=True)}
     for name, data in runs.items():
-        method = re.sub(r"-seed\d+$", "", name)
-        place = methods.index(method)
+        place = methods.index(method[name])
         color, marker = STYLES[place % len(STYLES)]
-        again = place >= len(STYLES) or seen[method] > 0
-        seen[method] += 1
+        again = place >= len(STYLES) or first[method[name]] != name
         ax.errorbar(
             data["frames"], data["return_mean"], data["return_std"],
             color=color, marker=marker, markersize=6, linewidth=1.8, elinewidth=0.8, capsize=2,
@@ -45,7 +43,7 @@ def draw(runs: dict[str, pd.DataFrame], title: str, path: Path) -> None:
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.grid(alpha=0.3)
-    ax.legend(title="run, last return", loc="upper left")
+    fig.legend(title="run, last return", loc="outside right upper")
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
