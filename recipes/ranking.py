@@ -72,9 +72,7 @@ class _Copies:
         observation, _, terminated, truncated, _ = steps[0]
         return observation, terminated or truncated
 
-    def apart(
-        self, action: Array, act: Callable[[Array], Array], horizon: int, gamma: float, tick: Callable[[], object]
-    ) -> Array:
+    def apart(self, action: Array, act: Callable[[Array], Array], horizon: int, gamma: float) -> Array:
         """Discounted returns of actions ``[K, A]``, each taken by ``R`` of the copies, ``[K, R]``.
 
         ``act`` goes on with the same random numbers for every action: what differs is the action, not the luck.
@@ -90,7 +88,6 @@ class _Copies:
                 observation[place], reward, terminated, truncated, _ = copies[place].step(following[place])
                 returns[place] += gamma**step * float(reward)
                 going[place] = not (terminated or truncated)
-            tick()
             if not going.any():
                 break
             for row in np.flatnonzero(going.any(1)):
@@ -141,14 +138,13 @@ def proposal_ranking(
     copies = _Copies(name, num_experts * rollouts)
     scores = np.zeros((states, num_experts))
     returns = np.zeros((states, num_experts, rollouts))
-    with tqdm(total=states * horizon, desc="ranking", unit="step", leave=False, disable=not show) as bar:
-        for state in range(states):
-            observation = copies.reset(seed + state)
-            for _ in range(chooser.integers(warmup)):
-                observation, ended = copies.together(act(observation[None])[0])
-                if ended:
-                    observation = copies.reset(None)
-            proposals, scores[state] = propose(observation)
-            returns[state] = copies.apart(proposals, act, horizon, gamma, bar.update)
+    for state in tqdm(range(states), desc="ranking", unit="state", leave=False, disable=not show):
+        observation = copies.reset(seed + state)
+        for _ in range(chooser.integers(warmup)):
+            observation, ended = copies.together(act(observation[None])[0])
+            if ended:
+                observation = copies.reset(None)
+        proposals, scores[state] = propose(observation)
+        returns[state] = copies.apart(proposals, act, horizon, gamma)
     copies.close()
     return rank_correlation(scores, returns)
