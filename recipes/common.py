@@ -25,6 +25,7 @@ from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
+from yaml import YAMLError
 
 from torchrl_pmoe.trainers import NonFiniteError
 
@@ -62,18 +63,21 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
-def number(above: float | None = None, at_least: float | None = None, at_most: float | None = None) -> Rule:
+def number(
+    above: float | None = None, at_least: float | None = None, at_most: float | None = None, below: float | None = None
+) -> Rule:
     """A finite number between the given bounds."""
 
     def parse(value: Any) -> float:
         _require(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"))
         _require((above is None or value > above) and (at_least is None or value >= at_least))
-        _require(at_most is None or value <= at_most)
+        _require((at_most is None or value <= at_most) and (below is None or value < below))
         return float(value)
 
     bounds = [f"> {above:g}"] if above is not None else []
     bounds += [f">= {at_least:g}"] if at_least is not None else []
     bounds += [f"<= {at_most:g}"] if at_most is not None else []
+    bounds += [f"< {below:g}"] if below is not None else []
     return Rule(" ".join(["a number", " and ".join(bounds)]).strip(), parse)
 
 
@@ -122,10 +126,10 @@ def widths() -> Rule:
     """The widths of the hidden layers."""
 
     def parse(value: Any) -> list[int]:
-        _require(isinstance(value, list))
+        _require(isinstance(value, list) and len(value) > 0)
         return [integer(1).parse(width) for width in value]
 
-    return Rule("a list of integers >= 1", parse)
+    return Rule("a list of integers >= 1, one at least", parse)
 
 
 def device() -> Rule:
@@ -258,14 +262,19 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
     Raises:
         UsageError: where there is no such run, or another key was given.
     """
+    allowed = "the directory of a run, with its config.yaml and checkpoints"
+    if not isinstance(cfg.resume, str) or not cfg.resume:
+        raise UsageError(f"resume={cfg.resume}: must be {allowed}")
     run = Path(cfg.resume)
-    if not (run / "config.yaml").is_file() or last_checkpoint(run) is None:
-        raise UsageError(f"resume={run}: must be the directory of a run, with its config.yaml and checkpoints")
-    old = OmegaConf.load(run / "config.yaml")
-    assert isinstance(old, DictConfig)
+    try:
+        old = OmegaConf.load(run / "config.yaml")
+    except (OSError, YAMLError):
+        old = None
+    if not isinstance(old, DictConfig) or last_checkpoint(run) is None:
+        raise UsageError(f"resume={run}: must be {allowed}")
     for override in HydraConfig.get().overrides.task:
         key = override.split("=", 1)[0]
-        if key.startswith(CHANGEABLE):
+        if key.startswith(CHANGEABLE) and key != "logger.rank_states":  # that one adds columns
             OmegaConf.update(old, key, OmegaConf.select(cfg, key))
         elif key != "resume":
             raise UsageError(

@@ -20,7 +20,7 @@ import runs
 import torch
 from common import Rule, UsageError, choice, either, flag, integer, number, text
 from normalization import NormalizedPolicy, RunningNormalization
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from ranking import Ranking, proposal_ranking
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictModuleBase
@@ -58,14 +58,14 @@ RULES: dict[str, Rule] = {
     "loss.num_minibatches": integer(1),
     "loss.ppo_epochs": integer(1),
     "loss.gae_lambda": number(at_least=0, at_most=1),
-    "loss.clip_epsilon": number(above=0),
+    "loss.clip_epsilon": number(above=0, below=1),
     "loss.clip_value": flag(),
     "loss.normalize_advantage": flag(),
     "loss.critic_coeff": number(above=0),
     "loss.loss_critic_type": choice("l2", "l1", "smooth_l1"),
     "loss.entropy_coeff": number(at_least=0),
     "loss.qvalue_coeff": number(above=0),
-    "logger.rank_states": integer(0),
+    "logger.rank_states": either(integer(2), 0),
 }
 
 PAPER = {
@@ -299,10 +299,26 @@ def build_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
     )
 
 
+def build_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate by collected batches: linearly to zero over the run, or constant."""
+    batches = -(-cfg.total_frames // cfg.collector.frames_per_batch)
+    falling = cfg.optim.anneal_lr
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda batch: max(0.0, 1.0 - batch / batches) if falling else 1.0
+    )
+
+
+def rescale(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Set the rates to what the schedule says now: those of a checkpoint belong to another ``total_frames``."""
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(schedule.last_epoch)
+
+
 def build_trainer(
     cfg: DictConfig, run_dir: Path, agent: Agent, collector: Collector, buffer: TensorDictReplayBuffer
-) -> Trainer:
-    """The trainer with the hooks of on-policy learning."""
+) -> tuple[Trainer, torch.optim.lr_scheduler.LambdaLR]:
+    """The trainer with the hooks of on-policy learning, and the schedule of its learning rates."""
     loss = agent.loss
     optimizer = runs.build_optimizer(cfg, loss, agent.actor)
     apart = critic_scored(cfg) and cfg.optim.qvalue_grad_clip == "apart"
@@ -328,12 +344,10 @@ def build_trainer(
     trainer.register_op("batch_process", replay.extend)
     trainer.register_op("process_optim_batch", replay.sample)
     FiniteLoss(stepper).register(trainer)
-    if cfg.optim.anneal_lr:
-        batches = -(-cfg.total_frames // cfg.collector.frames_per_batch)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: max(0.0, 1.0 - batch / batches))
-        LRSchedulerHook(schedule).register(trainer)
+    schedule = build_schedule(cfg, optimizer)
+    LRSchedulerHook(schedule).register(trainer)
     trainer.register_module(NORMALIZATION, agent.normalization)
-    return trainer
+    return trainer, schedule
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -384,7 +398,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     actor, returns = agent.actor, agent.normalization.episode_returns
     collector = runs.build_collector(cfg, agent.env, actor, frames_per_batch=cfg.collector.frames_per_batch)
     buffer = build_buffer(cfg)
-    trainer = build_trainer(cfg, run_dir, agent, collector, buffer)
+    trainer, schedule = build_trainer(cfg, run_dir, agent, collector, buffer)
     drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
 
     def diagnose(frames: int) -> dict[str, float]:
@@ -394,7 +408,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
             dist = actor.get_dist(seen)
             row["entropy"] = -dist.log_prob(dist.sample()).mean().item()
         row.update(runs.diagnose(actor, seen, agent.low, agent.high))
-        if critic_scored(cfg) and cfg.logger.rank_states:
+        if critic_scored(cfg) and cfg.num_experts > 1 and cfg.logger.rank_states:
             found = Ranking(math.nan, math.nan, math.nan)
             if frames >= cfg.total_frames:
                 found = measure_ranking(cfg, agent, cfg.logger.rank_states)
@@ -403,7 +417,6 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
 
     needed = {f"trainer_module.{NORMALIZATION}": "the running statistics of observations and rewards"}
     checkpoint = common.checkpoint_to_resume(cfg, needed)
-    OmegaConf.save(OmegaConf.merge(cfg, {"resume": None}), run_dir / "config.yaml")
     runs.train_and_record(
         cfg,
         run_dir,
@@ -413,6 +426,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose,
         checkpoint=checkpoint,
+        on_resume=lambda: rescale(schedule),
     )
 
 

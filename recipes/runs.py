@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from common import UsageError, make_gym
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -202,11 +202,14 @@ class RunRecorder:
 
     def resume(self, frames: int) -> None:
         """Go on with an earlier ``metrics.csv`` after ``frames`` frames; rows beyond them are dropped."""
-        if not frames or not self.path.is_file():
+        self._mark = (frames, 0.0)
+        if not self.path.is_file():
             return
         with self.path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        kept = [row for row in rows if int(row["frames"]) <= frames]
+        # a torn row lacks its last cells, which csv gives as None
+        whole = [row for row in rows if None not in row.values() and row.get("frames", "").isdigit()]
+        kept = [row for row in whole if int(row["frames"]) <= frames]
         if not kept:
             return
         self._fields = list(kept[0])
@@ -217,7 +220,6 @@ class RunRecorder:
         self.last = {name: float(value) for name, value in kept[-1].items() if value}
         self._start -= self.last.get("wall_seconds", 0.0)
         self._paused += self.last.get("wall_seconds", 0.0)
-        self._mark = (frames, 0.0)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; the first one fixes the columns."""
@@ -369,6 +371,7 @@ def train_and_record(
     loss_columns: Sequence[str],
     diagnose: Callable[[int], Mapping[str, float]],
     checkpoint: Path | None = None,
+    on_resume: Callable[[], None] = lambda: None,
     unsaved: Sequence[str] = (),
 ) -> None:
     """Train to the end; leave ``metrics.csv`` and ``learning_curve.png`` in ``run_dir``.
@@ -382,6 +385,7 @@ def train_and_record(
         loss_columns: outputs of the loss whose means are recorded.
         diagnose: more columns, given the number of frames; the same ones every time.
         checkpoint: to go on from.
+        on_resume: called once it is loaded.
         unsaved: components that checkpoints leave out.
     """
     stepper = trainer.optimization_stepper
@@ -397,7 +401,7 @@ def train_and_record(
     logger = get_logger(
         cfg.logger.backend or "",
         str(run_dir / "logs"),
-        run_dir.name,
+        run_dir.resolve().name,
         **{f"{cfg.logger.backend}_kwargs": {"project": cfg.logger.project_name}},
     )
 
@@ -419,13 +423,25 @@ def train_and_record(
 
     PeriodicEvaluation(evaluate, cfg.logger.eval_interval).register(trainer)
     if checkpoint is not None:
-        trainer.load_from_file(checkpoint)
+        try:
+            trainer.load_from_file(checkpoint)
+        except CheckpointError as error:
+            reason = " ".join(str(error).split())
+            line = f"resume={cfg.resume}: must hold a whole checkpoint, {checkpoint.name} is not ({reason})"
+            raise UsageError(line) from error
         if trainer.collected_frames >= cfg.total_frames:
             raise UsageError(
                 f"total_frames={cfg.total_frames}: must be above the {trainer.collected_frames} frames that "
                 f"resume={cfg.resume} has"
             )
+        # what was made before the checkpoint was read: the first observation, and rates of another total_frames
+        trainer.collector.reset()
+        on_resume()
         recorder.resume(trainer.collected_frames)
+    kept = cfg.copy()
+    if "resume" in kept:
+        kept.resume = None
+    OmegaConf.save(kept, run_dir / "config.yaml")
 
     trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - set(unsaved)
 

@@ -17,7 +17,7 @@ import runs
 import torch
 from common import Rule, UsageError, choice, either, flag, integer, number, text
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, add_custom_mapping
 from torch import Tensor, nn
 from torchrl.collectors import Collector
@@ -327,7 +327,6 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     actor = build_actor(cfg, spec, observation_size)
     loss = build_loss(cfg, actor, build_qvalue(cfg, spec, observation_size))
     buffer = build_replay_buffer(cfg)
-    OmegaConf.save(cfg, run_dir / "config.yaml")
     explorer, evaluated = build_policies(cfg, actor, loss)
     collector = runs.build_collector(
         cfg,

@@ -31,7 +31,7 @@ def load(run: Path) -> tuple[DictConfig, Agent]:
         raise UsageError(f"{run}: must be the directory of a run, with its config.yaml and checkpoints")
     cfg = OmegaConf.load(run / "config.yaml")
     assert isinstance(cfg, DictConfig)
-    if not critic_scored(cfg):
+    if OmegaConf.select(cfg, "normalization") is None or not critic_scored(cfg):
         raise UsageError(f"{run}: must be a run with policy=pmoe and scoring=critic, which has a Q-network")
     agent = build_agent(cfg)
     components = {"loss_module": agent.loss, f"trainer_module.{NORMALIZATION}": agent.normalization}

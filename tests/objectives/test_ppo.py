@@ -29,8 +29,16 @@ from objectives.helpers import (
     router_of,
     total,
 )
-from torchrl_pmoe import MixtureParamExtractor, PMOEActor, PMOEClipPPOLoss, TanhNormalMixture
+from torchrl_pmoe import (
+    MixtureParamExtractor,
+    NormalMixture,
+    PMOEActor,
+    PMOEClipPPOLoss,
+    RoutingGradient,
+    TanhNormalMixture,
+)
 from torchrl_pmoe.distributions import mixture
+from torchrl_pmoe.objectives.scoring import Scored
 
 K, B = 4, 8
 ALPHA = 0.25  # the entropy coefficient, exact in every dtype
@@ -710,3 +718,26 @@ def test_loss_runs_on_the_device(device, dtype, routing):
     for key in OURS[:2]:
         assert out[key].dtype == dtype
     assert {value.device.type for value in out.values()} == {device.type}
+
+
+def test_without_a_temperature_several_draws_agree_on_the_best_on_average(monkeypatch):
+    """No draw's winner may drown the others: what counts is the mean score."""
+    loss = PMOEClipPPOLoss.__new__(PMOEClipPPOLoss)
+    logits = torch.zeros(1, 3, dtype=torch.float64)
+    dist = NormalMixture(logits, logits.unsqueeze(-1), torch.ones(1, 3, 1, dtype=torch.float64))
+    value = torch.tensor([[[5.0, 0.0, 4.0]], [[0.0, 5.0, 4.5]]], dtype=torch.float64)
+    scored = Scored(dist, value, torch.zeros_like(value))
+    loss.__dict__.update(routing=RoutingGradient.SOFT_FREQUENCY, routing_loss="brier")
+    monkeypatch.setattr(PMOEClipPPOLoss, "_temperature", torch.zeros(()))
+    expected = ((torch.full((3,), 1 / 3) - torch.tensor([0.0, 0.0, 1.0])) ** 2).mean()
+    assert PMOEClipPPOLoss._routing(loss, scored).item() == pytest.approx(expected.item())
+
+
+def test_an_unknown_keyword_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'backprop'"):
+        PMOEClipPPOLoss(make_policy(), None, make_critic(), backprop="max")
+
+
+def test_one_action_has_one_entropy_coefficient():
+    with pytest.raises(ValueError, match="entropy_coeff must be a number"):
+        PMOEClipPPOLoss(make_policy(), None, make_critic(), entropy_coeff={"action": 0.1})

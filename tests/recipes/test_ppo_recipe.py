@@ -107,7 +107,8 @@ def test_every_kind_of_run_ends_well(args, tmp_path):
         ("actions=foo", "one of unbounded, bounded"),
         ("num_experts=0", "an integer >= 1"),
         ("collector.frames_per_batch=2000", "a multiple of"),
-        ("loss.clip_epsilon=0", "a number > 0"),
+        ("loss.clip_epsilon=0", "a number > 0 and < 1"),
+        ("loss.clip_epsilon=1", "a number > 0 and < 1"),
         ("loss.gae_lambda=1.5", "a number >= 0 and <= 1"),
         ("optim.max_grad_norm=-1", "a number > 0"),
         ("optim.qvalue_grad_clip=foo", "one of apart, together or null"),
@@ -155,6 +156,7 @@ def test_paper_preset_clips_the_qvalue_network_with_the_policy():
         (["env=CartPole-v1"], "env=CartPole-v1: must be"),
         (["totl_frames=3"], "totl_frames=3: no such key"),
         (["resume=nowhere"], "resume=nowhere: must be the directory of a run"),
+        (["resume=5"], "resume=5: must be the directory of a run"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
@@ -193,6 +195,26 @@ def test_a_resumed_run_goes_on_where_it_was(resumed):
     assert sorted(path.name for path in directory.iterdir()) == ["run"]
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(resumed):
+    config = (resumed[0] / "run" / "config.yaml").read_text()
+    start("resume=run", "total_frames=256", "logger.eval_interval=77", directory=resumed[0])
+    assert (resumed[0] / "run" / "config.yaml").read_text() == config
+
+
+def test_learning_rates_follow_the_new_number_of_frames():
+    old, new = (resolve(f"total_frames={batches * 2048}") for batches in (4, 8))
+    optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1) for _ in range(2)]
+    first, second = (ppo_pmoe.build_schedule(*pair) for pair in zip((old, new), optimizers, strict=True))
+    for _ in range(4):
+        optimizers[0].step()
+        first.step()
+    assert first.get_last_lr() == [0.0]
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    second.load_state_dict(first.state_dict())
+    ppo_pmoe.rescale(second)
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(0.1 * 4 / 8)
+
+
 def test_statistics_go_on_counting_after_a_resume(resumed):
     directory, _, _ = resumed
     statistics = RunningNormalization(gym.spaces.Box(-1, 1, (3,)), observation=True, reward=True, clip=10, gamma=0.99)
@@ -200,7 +222,7 @@ def test_statistics_go_on_counting_after_a_resume(resumed):
     checkpoint.register("trainer_module.normalization", statistics)
     checkpoint.load(common.last_checkpoint(directory / "run"), components=["trainer_module.normalization"])
     # one more observation per reset; the run started twice and an episode lasts 200 steps
-    assert 1024 < statistics.statistics["observation"].count <= 1024 + 2 + 1024 // 200
+    assert 1024 < statistics.statistics["observation"].count <= 1024 + 3 + 1024 // 200
     assert statistics.statistics["return"].count == pytest.approx(1024, abs=1)
 
 
@@ -209,8 +231,9 @@ def test_statistics_go_on_counting_after_a_resume(resumed):
     [
         ([], "total_frames=1024: must be above the 1024 frames"),
         (["env=Hopper-v4"], "env=Hopper-v4: must be left out with resume=run"),
+        (["logger.rank_states=2"], "logger.rank_states=2: must be left out with resume=run"),
     ],
-    ids=["finished", "other-env"],
+    ids=["finished", "other-env", "other-columns"],
 )
 def test_a_resume_that_makes_no_sense_is_one_line(args, begins, resumed):
     assert_one_line(start("resume=run", *args, directory=resumed[0]), begins)

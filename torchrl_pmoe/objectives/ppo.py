@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -10,7 +12,7 @@ from tensordict import NestedKey, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 from torch.distributions import Distribution
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.utils import _cache_values, _vmap_func, distance_loss
 
 from torchrl_pmoe.distributions.mixture import NormalMixture
@@ -18,6 +20,9 @@ from torchrl_pmoe.distributions.routing import RoutingGradient
 from torchrl_pmoe.objectives.scoring import CriticScoredLoss, Scored
 
 __all__ = ["PMOEClipPPOLoss"]
+
+# the parents swallow keywords that they do not know
+_PARENT_OPTIONS = {name for parent in (ClipPPOLoss, PPOLoss) for name in signature(parent.__init__).parameters}
 
 
 class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
@@ -36,7 +41,8 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     Keyword Args:
         routing: what the router learns besides the surrogate: ``"frequency"``, the one-hot of the best proposal
             (Definition 3.1); ``"soft_frequency"``, its maximum-entropy counterpart at the temperature
-            ``entropy_coeff``; ``"marginal"``, ``sum_k w_k (entropy_coeff log pi(a_k) - Q(s, a_k))``; ``"none"``.
+            ``entropy_coeff`` (also with ``entropy_bonus=False``); ``"marginal"``,
+            ``sum_k w_k (entropy_coeff log pi(a_k) - Q(s, a_k))``; ``"none"``.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` (the paper) or ``"log"``, for the two frequencies.
         num_proposals: draws of each expert, ``M``; frequencies and exponents average over them.
@@ -49,7 +55,9 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     ``best_expert_value``. With ``reduction="none"`` both losses are ``[*B]``.
 
     Raises:
-        ValueError: for an unknown option, ``functional=False``, or an actor whose distribution is not a mixture.
+        ValueError: for a value that an option cannot have, ``functional=False``, or an actor whose distribution is not
+            a mixture.
+        TypeError: for an unknown option.
         NotImplementedError: for ``routing="score_function"``, which is not built yet.
 
     Examples:
@@ -86,6 +94,11 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
+        unknown = kwargs.keys() - _PARENT_OPTIONS
+        if unknown:
+            raise TypeError(f"{name}: got an unexpected keyword argument {min(unknown)!r}.")
+        if isinstance(kwargs.get("entropy_coeff"), Mapping):
+            raise ValueError(f"{name}: entropy_coeff must be a number, one action has one entropy.")
         if not kwargs.get("functional", True):
             raise ValueError(f"{name}: functional=False is not supported; leave it out.")
         if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int) or num_qvalue_nets < 1:
@@ -102,7 +115,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         self._seen: list[tuple[TensorDictBase, NormalMixture]] | None = None
         # one network alone stays as it is: stacking would draw its weights anew, and costs at every call
         self.convert_to_functional(
-            self._networks(qvalue_network),
+            self._unlisted(qvalue_network),
             "qvalue_network",
             expand_dim=num_qvalue_nets if num_qvalue_nets > 1 else None,
             create_target_params=False,
@@ -174,6 +187,8 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
             KeyError: if there is no value target.
         """
         states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
+        if self.separate_losses:  # as the parent does for the value
+            states = states.detach()
         states = self._vmap_qnetworkN0(states, self.qvalue_network_params)
         value = states.get(self.tensor_keys.state_action_value)
         target = tensordict.get(self.tensor_keys.value_target, None)

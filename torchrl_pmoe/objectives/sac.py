@@ -63,7 +63,7 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
         if value_network is not None:
             raise ValueError(f"{type(self).__name__}: value_network (SAC v1) is not supported; leave it out.")
         self._check_actor(type(self).__name__, actor_network)
-        super().__init__(actor_network, self._networks(qvalue_network), **kwargs)
+        super().__init__(actor_network, self._unlisted(qvalue_network), **kwargs)
         self._set_routing(
             routing=routing,
             routing_coef=routing_coef,
@@ -110,7 +110,7 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         **kwargs: Any,
     ) -> None:
         self._check_actor(type(self).__name__, actor_network)
-        super().__init__(actor_network, self._networks(qvalue_network), **kwargs)
+        super().__init__(actor_network, self._unlisted(qvalue_network), **kwargs)
         self._set_routing(
             routing=routing,
             routing_coef=routing_coef,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -41,7 +40,7 @@ class Scored(NamedTuple):
 class CriticScoredLoss:
     """What a loss needs to train a router with its critics as the judges; mixed in before the parent.
 
-    The parent brings ``actor_network``, ``qvalue_network`` with its stacked parameters, and the keys ``action`` and
+    The parent brings ``actor_network``, ``qvalue_network`` with its parameters, and the keys ``action`` and
     ``state_action_value``. A subclass says with :meth:`_reduce_critics` how its critics' outputs become one value, and
     with :attr:`_temperature` what the soft objective weighs the entropy with. Everything about routing is described in
     :class:`~torchrl_pmoe.objectives.PMOESACLoss`.
@@ -88,7 +87,7 @@ class CriticScoredLoss:
         self.num_proposals = num_proposals
 
     @staticmethod
-    def _networks(qvalue_network: Any) -> Any:
+    def _unlisted(qvalue_network: Any) -> Any:
         """A list of one network becomes that network: TorchRL would register no parameters for the list."""
         single = isinstance(qvalue_network, list) and len(qvalue_network) == 1
         return qvalue_network[0] if single else qvalue_network
@@ -104,14 +103,14 @@ class CriticScoredLoss:
                 f"got {kind.__name__}{composite}."
             )
 
-    @abstractmethod
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
-        """Value ``[*M, *B, K]`` of what the stacked critics put out."""
+        """Value ``[*M, *B, K]`` of what the critics put out, theirs the first dimension."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def _temperature(self) -> Tensor:
         """Weight of the entropy in the soft objective."""
+        raise NotImplementedError
 
     @property
     def _draws(self) -> tuple[int, ...]:
@@ -172,11 +171,12 @@ class CriticScoredLoss:
         if self.routing is RoutingGradient.FREQUENCY:
             frequency = over_draws(best_proposal(value))
         else:
-            # only differences matter to the softmax; those to the best keep a small alpha from overflowing
-            gap = wide(value) - wide(value).amax(-1, keepdim=True)
+            # only differences matter to the softmax; those to the best keep a small temperature from overflowing
+            mean = over_draws(wide(value))
+            gap = mean - mean.amax(-1, keepdim=True)
             temperature = self._temperature.to(gap.dtype).clamp_min(torch.finfo(gap.dtype).tiny)
-            exponent = gap / temperature - wide(log_prob)
-            frequency = soft_frequency(over_draws(exponent), dist.logits if dist.score == "mixture" else None)
+            exponent = gap / temperature - over_draws(wide(log_prob))
+            frequency = soft_frequency(exponent, dist.logits if dist.score == "mixture" else None)
         frequency = frequency.to(dist.logits.dtype)
         if self.routing_loss == "brier":
             return brier_loss(dist.probs, frequency)
