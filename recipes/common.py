@@ -23,9 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
-from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
-from yaml import YAMLError
 
 from torchrl_pmoe.trainers import NonFiniteError
 
@@ -212,7 +210,12 @@ def check_config(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
 
 
 def fill_preset(
-    cfg: DictConfig, paper: Mapping[str, Any], fills: Mapping[str, Any], *, for_gaussian: Sequence[str] = ()
+    cfg: DictConfig,
+    paper: Mapping[str, Any],
+    fills: Mapping[str, Any],
+    num_experts: Mapping[str, int],
+    *,
+    for_gaussian: Sequence[str] = (),
 ) -> None:
     """Fill in the keys that were left to the preset; a Gaussian policy has none but those ``for_gaussian``.
 
@@ -220,6 +223,7 @@ def fill_preset(
         cfg: a checked config.
         paper: what ``preset=paper`` stands for.
         fills: the values of the keys that are null.
+        num_experts: the paper's numbers by task, without its version; 4 elsewhere.
         for_gaussian: the keys that mean something to a Gaussian policy.
 
     Raises:
@@ -235,6 +239,8 @@ def fill_preset(
             OmegaConf.update(cfg, key, None)  # a sweep over policies may name them
         elif given is None:
             OmegaConf.update(cfg, key, fills[key])
+    if cfg.num_experts is None:
+        cfg.num_experts = num_experts.get(cfg.env.split("-")[0], 4)
 
 
 def refuse(cfg: DictConfig, refused: Mapping[str, tuple[bool, str]]) -> None:
@@ -250,74 +256,6 @@ def refuse(cfg: DictConfig, refused: Mapping[str, tuple[bool, str]]) -> None:
     for key, (bad, allowed) in refused.items():
         if bad:
             raise UsageError(f"{key}={OmegaConf.select(cfg, key)}: must be {allowed}")
-
-
-CHANGEABLE = ("total_frames", "logger.", "checkpoint.")
-"""The keys that may change when a run goes on."""
-
-
-def resumed_config(cfg: DictConfig) -> DictConfig:
-    """The config of the run that ``resume`` names, with the changes that a run may take on its way.
-
-    Raises:
-        UsageError: where there is no such run, or another key was given.
-    """
-    allowed = "the directory of a run, with its config.yaml and checkpoints"
-    if not isinstance(cfg.resume, str) or not cfg.resume:
-        raise UsageError(f"resume={cfg.resume}: must be {allowed}")
-    run = Path(cfg.resume)
-    try:
-        old = OmegaConf.load(run / "config.yaml")
-    except (OSError, YAMLError):
-        old = None
-    if not isinstance(old, DictConfig) or last_checkpoint(run) is None:
-        raise UsageError(f"resume={run}: must be {allowed}")
-    for override in HydraConfig.get().overrides.task:
-        key = override.split("=", 1)[0]
-        if key.startswith(CHANGEABLE) and key != "logger.rank_states":  # that one adds columns
-            OmegaConf.update(old, key, OmegaConf.select(cfg, key))
-        elif key != "resume":
-            raise UsageError(
-                f"{override}: must be left out with resume={run}, whose own config.yaml holds; "
-                "total_frames, logger and checkpoint keys may change"
-            )
-    old.resume = cfg.resume
-    return old
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint in a run's directory, ``None`` where there is none."""
-    return CheckpointRotation(run / "checkpoints", keep_last=1).latest() if (run / "checkpoints").is_dir() else None
-
-
-def run_directory(cfg: DictConfig) -> Path:
-    """Where a run keeps its records: Hydra's directory, or that of the run that goes on."""
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    if OmegaConf.select(cfg, "resume") is None:
-        return directory
-    _remove_empty(directory)
-    return Path(cfg.resume)
-
-
-def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str]) -> Path | None:
-    """The last checkpoint of the run that ``resume`` names, ``None`` without one.
-
-    Args:
-        cfg: the config.
-        needed: components that it must hold, and what to call them.
-
-    Raises:
-        UsageError: where one is missing.
-    """
-    if cfg.resume is None:
-        return None
-    path = last_checkpoint(Path(cfg.resume))
-    assert path is not None
-    held = Checkpoint.manifest(path)["components"]
-    for component, words in needed.items():
-        if component not in held:
-            raise UsageError(f"resume={cfg.resume}: must hold {words}; {path.name} has no {component}")
-    return path
 
 
 def _leaves(cfg: DictConfig, rules: Mapping[str, Rule]) -> Iterator[tuple[str, Any]]:
@@ -369,7 +307,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        _remove_empty(Path(HydraConfig.get().runtime.output_dir))
+        remove_empty(Path(HydraConfig.get().runtime.output_dir))
         _stop(f"error: {error}", 2)
     except NonFiniteError as error:
         _stop(f"error: {error}", 1)
@@ -399,7 +337,7 @@ def _hydra_line(error: Exception, rules: Mapping[str, Rule]) -> str:
     return f"error: {unknown_key(key, ''.join(given[:1]), rules)}"
 
 
-def _remove_empty(path: Path) -> None:
+def remove_empty(path: Path) -> None:
     """Take back the empty run directory that Hydra makes before a config is looked at."""
     while path != Path.cwd() and path.is_dir() and not any(path.iterdir()):
         path.rmdir()

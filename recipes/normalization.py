@@ -40,7 +40,6 @@ class RunningNormalization:
     """
 
     def __init__(self, space: gym.spaces.Box, *, observation: bool, reward: bool, clip: float, gamma: float) -> None:
-        self.space = space
         self.clip = clip
         self.gamma = gamma
         self.statistics: dict[str, RunningMeanStd] = {}

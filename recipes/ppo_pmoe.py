@@ -16,6 +16,7 @@ from typing import Any
 import common
 import hydra
 import numpy as np
+import resume
 import runs
 import torch
 from common import Rule, UsageError, choice, either, flag, integer, number, text
@@ -111,15 +112,13 @@ def resolve_config(cfg: DictConfig) -> None:
     if cfg.preset == "paper" and cfg.actions != "unbounded":
         raise UsageError(f"actions={cfg.actions}: must be unbounded with preset=paper")
     given = cfg.routing
-    common.fill_preset(cfg, PAPER, PAPER if cfg.preset == "paper" else DEFAULTS)
+    common.fill_preset(cfg, PAPER, PAPER if cfg.preset == "paper" else DEFAULTS, PAPER_NUM_EXPERTS)
     if cfg.policy == "pmoe" and cfg.scoring != "critic":
         if given is not None:
             raise UsageError(
                 f"routing={given}: must be null with scoring={cfg.scoring}, where the log-density trains the router"
             )
         cfg.routing = None
-    if cfg.num_experts is None:
-        cfg.num_experts = PAPER_NUM_EXPERTS.get(cfg.env.split("-")[0], 4)
     frames, envs, parts = cfg.collector.frames_per_batch, cfg.collector.env_per_collector, cfg.loss.num_minibatches
     common.refuse(
         cfg,
@@ -262,7 +261,7 @@ class Agent:
     low: Tensor
     high: Tensor
 
-    def outside(self, policy: TensorDictModuleBase) -> NormalizedPolicy:
+    def for_raw_env(self, policy: TensorDictModuleBase) -> NormalizedPolicy:
         """A policy of this agent for environments without wrappers."""
         return NormalizedPolicy(policy, self.normalization, self.low, self.high)
 
@@ -362,7 +361,7 @@ def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -
         states: that the policy meets.
         **kwargs: of :func:`ranking.proposal_ranking`.
     """
-    policy = agent.outside(agent.actor)
+    policy = agent.for_raw_env(agent.actor)
 
     def read(observation: np.ndarray) -> TensorDict:
         states = torch.as_tensor(observation, dtype=torch.float32, device=cfg.device)
@@ -416,12 +415,12 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         return row
 
     needed = {f"trainer_module.{NORMALIZATION}": "the running statistics of observations and rewards"}
-    checkpoint = common.checkpoint_to_resume(cfg, needed)
+    checkpoint = resume.checkpoint_to_resume(cfg, needed)
     runs.train_and_record(
         cfg,
         run_dir,
         trainer,
-        agent.outside(runs.MeanOfDrawnExpert(actor) if drawn else actor),
+        agent.for_raw_env(runs.MeanOfDrawnExpert(actor) if drawn else actor),
         algorithm="PPO",
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose,
@@ -435,10 +434,10 @@ def main(cfg: DictConfig) -> None:
     """Check the config, then train."""
     with common.one_line_errors():
         if cfg.resume is not None:
-            cfg = common.resumed_config(cfg)
+            cfg = resume.resumed_config(cfg)
         resolve_config(cfg)
         common.prepare_torch(cfg)
-        train(cfg, common.run_directory(cfg))
+        train(cfg, resume.run_directory(cfg))
 
 
 if __name__ == "__main__":

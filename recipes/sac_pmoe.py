@@ -91,9 +91,7 @@ def resolve_config(cfg: DictConfig) -> None:
     """Check the config and fill in what it leaves to the preset, the defaults or the environment."""
     common.check_config(cfg, RULES)
     fills = PAPER if cfg.preset == "paper" else GRADIENT_SCORED if cfg.scoring == "gradient" else DEFAULTS
-    common.fill_preset(cfg, PAPER, fills, for_gaussian=("acting",))
-    if cfg.num_experts is None:
-        cfg.num_experts = PAPER_NUM_EXPERTS.get(cfg.env.split("-")[0], 4)
+    common.fill_preset(cfg, PAPER, fills, PAPER_NUM_EXPERTS, for_gaussian=("acting",))
     if cfg.collector.frames_per_batch is None:
         cfg.collector.frames_per_batch = cfg.collector.env_per_collector
     _refuse_combinations(cfg)

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from bandits import KnownValue, Outcome, ParameterTable, add_arguments, chosen, finish, outcomes, shown, sweep, table
+from bandits import KnownValue, ParameterTable
 from known_optimum import ALPHA, BANDITS, Bandit
+from outcomes import Outcome, add_arguments, chosen, finish, outcomes, shown, sweep, table
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn

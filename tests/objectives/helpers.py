@@ -168,3 +168,21 @@ def central_differences(function: Callable[[], Tensor], parameter: Tensor, step:
             columns.append((above - function()) / (2.0 * step))
             column.copy_(kept)
     return torch.stack(columns, -1)
+
+
+def assert_compiled_equals_eager(loss: nn.Module, batch: TensorDict, parameters: list[nn.Parameter]) -> None:
+    """Outputs and gradients, on the same random numbers."""
+
+    def run(function: Any) -> tuple[TensorDict, tuple[Tensor, ...]]:
+        torch.manual_seed(1)
+        out = function(batch.copy())
+        return out, torch.autograd.grad(total(out), parameters)
+
+    # a backend that keeps PyTorch's own random numbers
+    compiled, compiled_gradients = run(torch.compile(loss, backend="aot_eager"))
+    eager, gradients = run(loss)
+    assert set(compiled.keys()) == set(eager.keys())
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value)
+    for ours, theirs in zip(compiled_gradients, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)

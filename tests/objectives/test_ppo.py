@@ -18,6 +18,7 @@ from objectives.helpers import (
     ACTION,
     OBSERVATION,
     Features,
+    assert_compiled_equals_eager,
     central_differences,
     make_batch,
     make_critic,
@@ -246,6 +247,19 @@ def test_without_an_entropy_coefficient_the_soft_frequency_is_the_best_proposal(
     torch.testing.assert_close(soft(batch)["loss_routing"], hard(batch)["loss_routing"])
 
 
+def test_without_a_temperature_several_draws_agree_on_the_best_on_average(monkeypatch):
+    """No draw's winner may drown the others: what counts is the mean score."""
+    loss = PMOEClipPPOLoss.__new__(PMOEClipPPOLoss)
+    logits = torch.zeros(1, 3, dtype=torch.float64)
+    dist = NormalMixture(logits, logits.unsqueeze(-1), torch.ones(1, 3, 1, dtype=torch.float64))
+    value = torch.tensor([[[5.0, 0.0, 4.0]], [[0.0, 5.0, 4.5]]], dtype=torch.float64)
+    scored = Scored(dist, value, torch.zeros_like(value))
+    loss.__dict__.update(routing=RoutingGradient.SOFT_FREQUENCY, routing_loss="brier")
+    monkeypatch.setattr(PMOEClipPPOLoss, "_temperature", torch.zeros(()))
+    expected = ((torch.full((3,), 1 / 3) - torch.tensor([0.0, 0.0, 1.0])) ** 2).mean()
+    assert PMOEClipPPOLoss._routing(loss, scored).item() == pytest.approx(expected.item())
+
+
 def test_each_loss_moves_its_own_parameters_alone():
     actor = make_policy(K)
     batch = make_onpolicy_batch(actor, B)
@@ -321,6 +335,15 @@ def test_gradient_of_the_policys_losses_is_a_finite_difference(bounded, monkeypa
         (gradient,) = torch.autograd.grad(policys_loss(), parameter)
         expected = central_differences(policys_loss, parameter.data.view(-1))
         torch.testing.assert_close(gradient.view(-1), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_separate_losses_keep_the_q_networks_loss_from_features_that_it_reads(separate):
+    actor = make_policy(K)
+    batch = make_onpolicy_batch(actor, B)
+    batch["observation"].requires_grad_()
+    build(actor, separate_losses=separate).loss_qvalue(batch).sum().backward()
+    assert (batch["observation"].grad is None) == separate
 
 
 # ---------------------------------------------------------------------- the Q-network
@@ -618,6 +641,16 @@ def test_options_that_make_no_sense_are_refused(options, message):
         build(make_policy(K), **options)
 
 
+def test_an_unknown_keyword_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'backprop'"):
+        PMOEClipPPOLoss(make_policy(), None, make_critic(), backprop="max")
+
+
+def test_one_action_has_one_entropy_coefficient():
+    with pytest.raises(ValueError, match="entropy_coeff must be a number"):
+        PMOEClipPPOLoss(make_policy(), None, make_critic(), entropy_coeff={"action": 0.1})
+
+
 def test_routing_that_is_not_built_yet_says_so():
     with pytest.raises(NotImplementedError, match=r"score_function.*not built yet"):
         build(make_policy(K), routing="score_function")
@@ -687,20 +720,7 @@ def test_compiled_loss_equals_eager():
     actor = make_policy(K)
     batch = make_onpolicy_batch(actor, B)
     loss = build(actor, routing="soft_frequency", num_proposals=2, num_qvalue_nets=2)
-
-    def run(function):
-        torch.manual_seed(1)
-        out = function(batch.copy())
-        return out, torch.autograd.grad(total(out), list(loss.parameters()))
-
-    # a backend that keeps PyTorch's own random numbers
-    compiled, compiled_gradients = run(torch.compile(loss, backend="aot_eager"))
-    eager, gradients = run(loss)
-    assert set(compiled.keys()) == set(eager.keys())
-    for key, value in eager.items():
-        torch.testing.assert_close(compiled[key], value)
-    for ours, theirs in zip(compiled_gradients, gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_compiled_equals_eager(loss, batch, list(loss.parameters()))
 
 
 @pytest.mark.parametrize("routing", ["frequency", "soft_frequency", "marginal", "none"])
@@ -718,26 +738,3 @@ def test_loss_runs_on_the_device(device, dtype, routing):
     for key in OURS[:2]:
         assert out[key].dtype == dtype
     assert {value.device.type for value in out.values()} == {device.type}
-
-
-def test_without_a_temperature_several_draws_agree_on_the_best_on_average(monkeypatch):
-    """No draw's winner may drown the others: what counts is the mean score."""
-    loss = PMOEClipPPOLoss.__new__(PMOEClipPPOLoss)
-    logits = torch.zeros(1, 3, dtype=torch.float64)
-    dist = NormalMixture(logits, logits.unsqueeze(-1), torch.ones(1, 3, 1, dtype=torch.float64))
-    value = torch.tensor([[[5.0, 0.0, 4.0]], [[0.0, 5.0, 4.5]]], dtype=torch.float64)
-    scored = Scored(dist, value, torch.zeros_like(value))
-    loss.__dict__.update(routing=RoutingGradient.SOFT_FREQUENCY, routing_loss="brier")
-    monkeypatch.setattr(PMOEClipPPOLoss, "_temperature", torch.zeros(()))
-    expected = ((torch.full((3,), 1 / 3) - torch.tensor([0.0, 0.0, 1.0])) ** 2).mean()
-    assert PMOEClipPPOLoss._routing(loss, scored).item() == pytest.approx(expected.item())
-
-
-def test_an_unknown_keyword_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'backprop'"):
-        PMOEClipPPOLoss(make_policy(), None, make_critic(), backprop="max")
-
-
-def test_one_action_has_one_entropy_coefficient():
-    with pytest.raises(ValueError, match="entropy_coeff must be a number"):
-        PMOEClipPPOLoss(make_policy(), None, make_critic(), entropy_coeff={"action": 0.1})

@@ -16,6 +16,7 @@ from objectives.helpers import (
     OBSERVATION,
     Features,
     Table,
+    assert_compiled_equals_eager,
     central_differences,
     make_batch,
     make_onpolicy_batch,
@@ -332,17 +333,4 @@ def test_compiled_loss_equals_eager():
     actor = make_policy(K, log_prob_routing="frequency")
     batch = make_onpolicy_batch(actor, B)
     loss = build(ClipPPOLoss, actor, entropy_bonus=True)
-
-    def run(function):
-        torch.manual_seed(1)
-        out = function(batch.copy())
-        return out, torch.autograd.grad(total(out), list(actor.parameters()))
-
-    # a backend that keeps PyTorch's own random numbers
-    compiled, compiled_gradients = run(torch.compile(loss, backend="aot_eager"))
-    eager, gradients = run(loss)
-    assert set(compiled.keys()) == set(eager.keys())
-    for key, value in eager.items():
-        torch.testing.assert_close(compiled[key], value)
-    for ours, theirs in zip(compiled_gradients, gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_compiled_equals_eager(loss, batch, list(actor.parameters()))

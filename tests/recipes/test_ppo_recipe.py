@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from recipe_runs import assert_one_line, assert_only_a_progress_bar, assert_refu
 from scipy.stats import spearmanr
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torchrl.checkpoint import Checkpoint
 
 import ppo_pmoe  # isort: skip
 from normalization import NormalizedPolicy, RunningNormalization  # isort: skip
-from ranking import proposal_ranking, rank_correlation  # isort: skip
+from ranking import _Copies, proposal_ranking, rank_correlation  # isort: skip
+from recording import RunRecorder  # isort: skip
+from resume import last_checkpoint  # isort: skip
 
 start = partial(recipe_runs.start, "ppo_pmoe")
 resolve = partial(recipe_runs.resolve, ppo_pmoe)
@@ -218,11 +222,11 @@ def test_learning_rates_follow_the_new_number_of_frames():
 def test_statistics_go_on_counting_after_a_resume(resumed):
     directory, _, _ = resumed
     statistics = RunningNormalization(gym.spaces.Box(-1, 1, (3,)), observation=True, reward=True, clip=10, gamma=0.99)
-    checkpoint = common.Checkpoint()
+    checkpoint = Checkpoint()
     checkpoint.register("trainer_module.normalization", statistics)
-    checkpoint.load(common.last_checkpoint(directory / "run"), components=["trainer_module.normalization"])
-    # one more observation per reset; the run started twice and an episode lasts 200 steps
-    assert 1024 < statistics.statistics["observation"].count <= 1024 + 3 + 1024 // 200
+    checkpoint.load(last_checkpoint(directory / "run"), components=["trainer_module.normalization"])
+    # one more per reset: seeding and the start, the start after the checkpoint was read, two ended episodes a half
+    assert statistics.statistics["observation"].count == pytest.approx(1024 + 2 + 1 + 4, abs=0.5)
     assert statistics.statistics["return"].count == pytest.approx(1024, abs=1)
 
 
@@ -249,6 +253,24 @@ def test_a_checkpoint_without_statistics_is_refused_in_one_line(tmp_path):
     done = start("resume=run", "total_frames=1024", directory=tmp_path)
     assert_one_line(done, "resume=run: must hold the running statistics of observations and rewards")
     assert rows(tmp_path / "run") == before
+
+
+def test_a_checkpoint_with_a_part_gone_is_refused_in_one_line(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    for part in last_checkpoint(tmp_path / "run").glob("components/*"):
+        shutil.rmtree(part)
+    done = start("resume=run", "total_frames=1024", directory=tmp_path)
+    assert_one_line(done, "resume=run: must hold a whole checkpoint")
+
+
+def test_a_torn_row_is_dropped_when_a_record_goes_on(tmp_path):
+    (tmp_path / "metrics.csv").write_text("frames,return_mean,loss\n256,1.5,2\n512,2.5,3\n768,6.")
+    recorder = RunRecorder(tmp_path, "title")
+    recorder.resume(1000)
+    recorder.write({"frames": 1024, "return_mean": 4.0, "loss": 5.0})
+    assert [tuple(row.values()) for row in rows(tmp_path)] == [
+        ("256", "1.5", "2"), ("512", "2.5", "3"), ("1024", "4", "5")
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ normalisation
@@ -356,8 +378,8 @@ def test_evaluation_reads_the_statistics_and_does_not_move_them():
 def test_statistics_survive_a_checkpoint(tmp_path):
     old, new = running(), running()
     play(old.wrap(Ramp(), clip_action=False), 12)
-    common.Checkpoint(normalization=old).save(tmp_path / "checkpoint")
-    common.Checkpoint(normalization=new).load(tmp_path / "checkpoint")
+    Checkpoint(normalization=old).save(tmp_path / "checkpoint")
+    Checkpoint(normalization=new).load(tmp_path / "checkpoint")
     assert all(torch.equal(value, new.state_dict()[key]) for key, value in old.state_dict().items())
 
 
@@ -398,3 +420,13 @@ def test_ranking_of_a_known_value_is_found(sign, monkeypatch):
     )
     assert found.correlation == pytest.approx(sign)
     assert found.reliability == pytest.approx(1.0)
+
+
+def test_what_follows_a_proposal_is_the_same_luck_for_every_one():
+    """Equal actions have equal returns in each rollout, and the rollouts differ."""
+    copies = _Copies("Pendulum-v1", 6)
+    copies.reset(0)
+    returns = copies.apart(np.zeros((3, 1), dtype=np.float32), lambda o: torch.randn(len(o), 1).numpy(), 20, 0.99)
+    copies.close()
+    assert (returns == returns[0]).all()
+    assert returns[0, 0] != returns[0, 1]

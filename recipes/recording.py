@@ -1,0 +1,136 @@
+"""The record of a run: ``metrics.csv``, and the picture of it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass
+class RunRecorder:
+    """Writes ``metrics.csv``, one row an evaluation, and draws it when the run ends.
+
+    Args:
+        directory: the run's own.
+        title: of the plot.
+    """
+
+    directory: Path
+    title: str
+    last: dict[str, float] = field(default_factory=dict)
+    _fields: list[str] = field(default_factory=list)
+    _start: float = field(default_factory=time.perf_counter)
+    _paused: float = 0.0
+    _mark: tuple[int, float] = (0, 0.0)
+
+    @property
+    def path(self) -> Path:
+        """Where the rows go."""
+        return self.directory / "metrics.csv"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent inside out of the frames per second."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def clock(self, frames: int) -> dict[str, float]:
+        """Wall seconds since the start, and training frames per second since the last call."""
+        wall = time.perf_counter() - self._start
+        training = wall - self._paused
+        last_frames, last_training = self._mark
+        self._mark = (frames, training)
+        speed = (frames - last_frames) / max(training - last_training, 1e-9)
+        return {"frames": frames, "wall_seconds": round(wall, 2), "frames_per_second": round(speed, 1)}
+
+    def resume(self, frames: int) -> None:
+        """Go on with an earlier ``metrics.csv`` after ``frames`` frames; rows beyond them are dropped."""
+        self._mark = (frames, 0.0)
+        if not self.path.is_file():
+            return
+        with self.path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        # a torn row lacks its last cells, which csv gives as None
+        whole = [row for row in rows if None not in row.values() and row.get("frames", "").isdigit()]
+        kept = [row for row in whole if int(row["frames"]) <= frames]
+        if not kept:
+            return
+        self._fields = list(kept[0])
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._fields)
+            writer.writeheader()
+            writer.writerows(kept)
+        self.last = {name: float(value) for name, value in kept[-1].items() if value}
+        self._start -= self.last.get("wall_seconds", 0.0)
+        self._paused += self.last.get("wall_seconds", 0.0)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append a row; the first one fixes the columns."""
+        if not self._fields:
+            self._fields = list(row)
+            with self.path.open("w", newline="") as file:
+                csv.writer(file).writerow(self._fields)
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow([_cell(row.get(name)) for name in self._fields])
+        self.last = dict(row)
+
+    def plot(self) -> Path | None:
+        """Draw return and expert usage over frames."""
+        return plot_run(self.path, self.title) if self._fields else None
+
+
+def _cell(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a ``metrics.csv``; an empty cell is nan."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+
+
+def plot_run(path: Path, title: str) -> Path:
+    """Draw ``learning_curve.png`` beside a ``metrics.csv``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    data = read_metrics(path)
+    frames = data["frames"]
+    usage = [data[name] for name in data if re.fullmatch(r"usage_\d+", name)]
+    fig, axes = plt.subplots(
+        1 + bool(usage), 1, sharex=True, figsize=(7, 6 if usage else 4), squeeze=False, layout="constrained"
+    )
+    top = axes[0, 0]
+    mean, std = data["return_mean"], data["return_std"]
+    top.plot(frames, mean, color="#0072B2", marker="o" if len(frames) < 30 else None, markersize=3)
+    top.fill_between(frames, mean - std, mean + std, color="#0072B2", alpha=0.2, linewidth=0)
+    top.set(title=title, ylabel="evaluation return (mean ± std)")
+    top.grid(alpha=0.3)
+    if usage:
+        bottom = axes[1, 0]
+        # cividis keeps its order of lightness under every kind of colour blindness
+        colors = plt.get_cmap("cividis")(np.linspace(0.05, 0.95, len(usage)))
+        labels = [str(index) for index in range(len(usage))]
+        bottom.stackplot(frames, usage, colors=colors, labels=labels, edgecolor="white", linewidth=0.5)
+        bottom.set(ylabel="expert usage", ylim=(0, 1))
+        bottom.margins(x=0)
+        bottom.legend(title="expert", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    axes[-1, 0].set_xlabel("frames")
+    target = path.with_name("learning_curve.png")
+    fig.savefig(target, dpi=150)
+    plt.close(fig)
+    return target
