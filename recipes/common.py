@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from policies import UNIMODAL
+from rules import Rule, choice, device, either, flag, integer, mapping, number, text, widths
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
@@ -43,126 +44,14 @@ class UsageError(Exception):
     """A config that cannot be run: one line that names the key, the value and what is allowed."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What one config key may hold.
-
-    Args:
-        allowed: completes "<key>=<value>: must be ...".
-        parse: returns the value to use, or raises ``ValueError``.
-    """
-
-    allowed: str
-    parse: Callable[[Any], Any]
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise ValueError
-
-
-def number(
-    above: float | None = None, at_least: float | None = None, at_most: float | None = None, below: float | None = None
-) -> Rule:
-    """A finite number between the given bounds."""
-
-    def parse(value: Any) -> float:
-        _require(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"))
-        _require((above is None or value > above) and (at_least is None or value >= at_least))
-        _require((at_most is None or value <= at_most) and (below is None or value < below))
-        return float(value)
-
-    bounds = [f"> {above:g}"] if above is not None else []
-    bounds += [f">= {at_least:g}"] if at_least is not None else []
-    bounds += [f"<= {at_most:g}"] if at_most is not None else []
-    bounds += [f"< {below:g}"] if below is not None else []
-    return Rule(" ".join(["a number", " and ".join(bounds)]).strip(), parse)
-
-
-def integer(at_least: int, at_most: int | None = None) -> Rule:
-    """A whole number (``1e6`` is one)."""
-
-    def parse(value: Any) -> int:
-        _require(isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1)
-        _require(value >= at_least and (at_most is None or value <= at_most))
-        return int(value)
-
-    return Rule(f"an integer >= {at_least}" + (f" and <= {at_most}" if at_most is not None else ""), parse)
-
-
-def choice(*names: str) -> Rule:
-    """One of some names."""
-
-    def parse(value: Any) -> str:
-        _require(isinstance(value, str) and value in names)
-        return value
-
-    return Rule("one of " + ", ".join(names), parse)
-
-
-def flag() -> Rule:
-    """True or false."""
-
-    def parse(value: Any) -> bool:
-        _require(isinstance(value, bool))
-        return value
-
-    return Rule("true or false", parse)
-
-
-def text() -> Rule:
-    """Any text but the empty one."""
-
-    def parse(value: Any) -> str:
-        _require(isinstance(value, str) and value != "")
-        return value
-
-    return Rule("a non-empty text", parse)
-
-
-def widths() -> Rule:
-    """The widths of the hidden layers."""
-
-    def parse(value: Any) -> list[int]:
-        _require(isinstance(value, list) and len(value) > 0)
-        return [integer(1).parse(width) for width in value]
-
-    return Rule("a list of integers >= 1, one at least", parse)
-
-
-def device() -> Rule:
-    """A device that is there; null is the best one."""
-
-    def parse(value: Any) -> str:
-        if value is None:
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(0, device=str(value))
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError from error
-        return str(value)
-
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return Rule("a device of this machine (" + ", ".join(["cpu", *gpus]) + ") or null", parse)
-
-
-def either(rule: Rule, *literals: Any) -> Rule:
-    """A rule, or one of some literal values (null among them)."""
-
-    def parse(value: Any) -> Any:
-        same = any(value == other and type(value) is type(other) for other in literals)
-        return value if same else rule.parse(value)
-
-    names = ["null" if other is None else str(other) for other in literals]
-    return Rule(" or ".join([rule.allowed, *names]), parse)
-
-
 RULES: dict[str, Rule] = {
     "env": text(),
+    "env_kwargs": mapping(),
     "seed": integer(0, 2**31 - 1),
     "total_frames": integer(1),
     "num_experts": either(integer(1), None),
-    "policy": choice("pmoe", "gaussian"),
+    "policy": choice("pmoe", *UNIMODAL),
+    "blend": choice("parameters", "actions"),
     "preset": either(choice("paper"), None),
     "device": device(),
     "network.hidden_sizes": widths(),
@@ -215,27 +104,27 @@ def fill_preset(
     fills: Mapping[str, Any],
     num_experts: Mapping[str, int],
     *,
-    for_gaussian: Sequence[str] = (),
+    for_unimodal: Sequence[str] = (),
 ) -> None:
-    """Fill in the keys that were left to the preset; a Gaussian policy has none but those ``for_gaussian``.
+    """Fill in the keys that were left to the preset; a unimodal policy has none but those ``for_unimodal``.
 
     Args:
         cfg: a checked config.
         paper: what ``preset=paper`` stands for.
         fills: the values of the keys that are null.
         num_experts: the paper's numbers by task, without its version; 4 elsewhere.
-        for_gaussian: the keys that mean something to a Gaussian policy.
+        for_unimodal: the keys that mean something to a policy that draws no expert.
 
     Raises:
         UsageError: where a key contradicts the preset.
     """
-    if cfg.preset == "paper" and cfg.policy == "gaussian":
-        raise UsageError("preset=paper: must be null with policy=gaussian, it is a combination for policy=pmoe")
+    if cfg.preset == "paper" and cfg.policy in UNIMODAL:
+        raise UsageError(f"preset=paper: must be null with policy={cfg.policy}, it is a combination for policy=pmoe")
     for key in fills:
         given = OmegaConf.select(cfg, key)
         if cfg.preset == "paper" and given not in (None, paper[key]):
             raise UsageError(f"{key}={given}: must be {paper[key]} or null with preset=paper")
-        if cfg.policy == "gaussian" and key not in for_gaussian:
+        if cfg.policy in UNIMODAL and key not in for_unimodal:
             OmegaConf.update(cfg, key, None)  # a sweep over policies may name them
         elif given is None:
             OmegaConf.update(cfg, key, fills[key])
@@ -370,18 +259,25 @@ def _quiet_make() -> Iterator[None]:
             mujoco.set_mju_user_warning(previous)
 
 
-def make_gym(name: str) -> gym.Env:
+def make_gym(name: str, kwargs: Mapping[str, Any] | None = None) -> gym.Env:
     """A Gymnasium environment with a vector of observations and a bounded vector of actions.
+
+    Args:
+        name: Gymnasium id.
+        kwargs: of the environment.
 
     Raises:
         UsageError: where there is no such environment, or its spaces are others.
     """
+    given: Any = OmegaConf.to_container(kwargs) if isinstance(kwargs, DictConfig) else kwargs
     try:
         with _quiet_make():
-            env = gym.make(name)
+            env = gym.make(name, **(given or {}))
     # an environment's own constructor may raise anything
     except Exception as error:
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
+        if given and name in gym.registry:
+            raise UsageError(f"env_kwargs={given}: must be arguments of {name} ({reason})") from error
         raise UsageError(f"env={name}: must be the id of an installed Gymnasium environment ({reason})") from error
     observation, action = env.observation_space, env.action_space
     allowed = None
@@ -405,7 +301,13 @@ def _one_line(space: gym.Space) -> str:
     return " ".join(str(space).split())
 
 
-def make_env(name: str, seed: int, num_envs: int = 1, wrap: Callable[[gym.Env], gym.Env] = lambda env: env) -> EnvBase:
+def make_env(
+    name: str,
+    seed: int,
+    num_envs: int = 1,
+    wrap: Callable[[gym.Env], gym.Env] = lambda env: env,
+    kwargs: Mapping[str, Any] | None = None,
+) -> EnvBase:
     """A seeded TorchRL environment of Gymnasium's ``name``, in float32.
 
     Args:
@@ -413,10 +315,11 @@ def make_env(name: str, seed: int, num_envs: int = 1, wrap: Callable[[gym.Env], 
         seed: of the first environment; the others follow.
         num_envs: stepped one after the other.
         wrap: puts Gymnasium's wrappers around each.
+        kwargs: of the environment.
     """
 
     def single() -> EnvBase:
-        return TransformedEnv(GymWrapper(wrap(make_gym(name))), DoubleToFloat())
+        return TransformedEnv(GymWrapper(wrap(make_gym(name, kwargs))), DoubleToFloat())
 
     env = single() if num_envs == 1 else SerialEnv(num_envs, single)
     env.set_seed(seed)

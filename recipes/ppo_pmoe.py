@@ -8,6 +8,7 @@ Every key is in ``recipes/config/ppo_pmoe.yaml``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,33 +20,35 @@ import numpy as np
 import resume
 import runs
 import torch
-from common import Rule, UsageError, choice, either, flag, integer, number, text
+from common import UsageError
 from normalization import NormalizedPolicy, RunningNormalization
 from omegaconf import DictConfig
-from ranking import Ranking, proposal_ranking
-from tensordict import TensorDict, TensorDictBase
+from policies import build_experts_actor, describe
+from ranking import Ranking, measure_ranking
+from rules import Rule, choice, either, flag, integer, number, text, widths
+from tensordict import TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer, TensorSpec
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.envs.utils import ExplorationType
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import LRSchedulerHook, ReplayBufferTrainer
 
-from torchrl_pmoe import NormalMixture, PMOEActor, PMOEClipPPOLoss, TanhNormalMixture
+from torchrl_pmoe import NormalMixture, PMOEClipPPOLoss, TanhNormalMixture
 from torchrl_pmoe.trainers import FiniteLoss, MeanLossStepper
 
 RULES: dict[str, Rule] = {
     **common.RULES,
     "scoring": either(choice("responsibility", "frequency", "critic"), None),
-    "routing": either(choice("frequency", "soft_frequency", "marginal", "none"), None),
+    "routing": either(choice("frequency", "soft_frequency", "score_function", "marginal", "none"), None),
     "actions": choice("unbounded", "bounded"),
     "resume": either(text(), None),
-    "network.qvalue_hidden_sizes": common.widths(),
+    "network.qvalue_hidden_sizes": widths(),
     "network.router": choice("linear", "detached", "shared", "separate"),
     "network.head_gain": number(above=0),
     "network.log_std_init": number(),
@@ -92,6 +95,7 @@ PAPER_NUM_EXPERTS = {
 }
 TRAINED_ON = ["observation", "action", "action_log_prob", "advantage", "value_target", "state_value"]
 NORMALIZATION = "normalization"
+NEEDED = {f"trainer_module.{NORMALIZATION}": "the running statistics of observations and rewards"}
 LOSS_COLUMNS = (
     "loss_objective",
     "loss_critic",
@@ -119,13 +123,13 @@ def resolve_config(cfg: DictConfig) -> None:
                 f"routing={given}: must be null with scoring={cfg.scoring}, where the log-density trains the router"
             )
         cfg.routing = None
-    frames, envs, parts = cfg.collector.frames_per_batch, cfg.collector.env_per_collector, cfg.loss.num_minibatches
+    refuse_batches(cfg)
     common.refuse(
         cfg,
         {
-            "collector.frames_per_batch": (
-                frames % math.lcm(envs, parts) != 0,
-                f"a multiple of collector.env_per_collector={envs} and of loss.num_minibatches={parts}",
+            "blend": (
+                cfg.policy != "gating" and cfg.blend != "parameters",
+                f"parameters with policy={cfg.policy}; only gating blends",
             ),
             "optim.router_lr": (
                 cfg.policy == "gaussian" and cfg.optim.router_lr is not None,
@@ -133,6 +137,13 @@ def resolve_config(cfg: DictConfig) -> None:
             ),
         },
     )
+
+
+def refuse_batches(cfg: DictConfig) -> None:
+    """Raise where a batch of frames cannot be shared out among environments and minibatches."""
+    frames, envs, parts = cfg.collector.frames_per_batch, cfg.collector.env_per_collector, cfg.loss.num_minibatches
+    allowed = f"a multiple of collector.env_per_collector={envs} and of loss.num_minibatches={parts}"
+    common.refuse(cfg, {"collector.frames_per_batch": (frames % math.lcm(envs, parts) != 0, allowed)})
 
 
 def critic_scored(cfg: DictConfig) -> bool:
@@ -152,26 +163,28 @@ def orthogonal_(module: nn.Module, last_gain: float, hidden_gain: float = math.s
 
 
 def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> ProbabilisticActor:
-    """The policy: a :class:`~torchrl_pmoe.PMOEActor`, or a Gaussian of TorchRL's own of the same size.
+    """The policy: an actor of several experts, or a Gaussian of TorchRL's own of the same size.
 
     Scales do not depend on the state.
     """
     net, bounded = cfg.network, cfg.actions == "bounded"
     activation = common.ACTIVATIONS[net.activation]
-    if cfg.policy == "pmoe":
+    if cfg.policy != "gaussian":
         linear = net.router == "linear"
-        actor = PMOEActor(
-            cfg.num_experts,
-            spec=spec,
+        actor = build_experts_actor(
+            cfg,
+            spec,
+            mixture={
+                "distribution_class": TanhNormalMixture if bounded else NormalMixture,
+                "distribution_kwargs": {"log_prob_routing": "frequency" if cfg.scoring == "frequency" else "exact"},
+            },
+            blended={"distribution_class": TanhNormal if bounded else IndependentNormal},
             in_features=observation_size,
             num_cells=tuple(net.hidden_sizes),
             activation_class=activation,
             router=nn.Linear(observation_size, cfg.num_experts, device=cfg.device) if linear else net.router,
             state_dependent_scale=False,
-            distribution_class=TanhNormalMixture if bounded else NormalMixture,
-            distribution_kwargs={"log_prob_routing": "frequency" if cfg.scoring == "frequency" else "exact"},
             return_log_prob=True,
-            device=cfg.device,
         )
         network = actor[0].module[0]
         orthogonal_(network.trunk, math.sqrt(2))
@@ -202,17 +215,17 @@ def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> Pro
     )
 
 
-def build_value(cfg: DictConfig, observation_size: int) -> ValueOperator:
-    """The state-value network."""
+def build_value(cfg: DictConfig, observation_size: int, num_values: int = 1, key: str = "state_value") -> ValueOperator:
+    """The state-value network, or one with several values of a state."""
     mlp = MLP(
         in_features=observation_size,
-        out_features=1,
+        out_features=num_values,
         num_cells=list(cfg.network.hidden_sizes),
         activation_class=common.ACTIVATIONS[cfg.network.activation],
         device=cfg.device,
     )
     orthogonal_(mlp, 1.0)
-    return ValueOperator(mlp, in_keys=["observation"])
+    return ValueOperator(mlp, in_keys=["observation"], out_keys=[key])
 
 
 def build_qvalue(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> ValueOperator:
@@ -266,9 +279,9 @@ class Agent:
         return NormalizedPolicy(policy, self.normalization, self.low, self.high)
 
 
-def build_agent(cfg: DictConfig) -> Agent:
-    """Everything that a resolved config describes, seeded."""
-    raw = common.make_gym(cfg.env)
+def build_env(cfg: DictConfig) -> tuple[EnvBase, RunningNormalization, Tensor, Tensor]:
+    """The seeded environment, what normalises it, and the bounds of its actions before they are clipped."""
+    raw = common.make_gym(cfg.env, cfg.env_kwargs)
     normalization = RunningNormalization(
         raw.observation_space,  # type: ignore[arg-type]
         observation=cfg.normalization.observation,
@@ -279,12 +292,18 @@ def build_agent(cfg: DictConfig) -> Agent:
     box: Any = raw.action_space
     raw.close()
     wrap = partial(normalization.wrap, clip_action=cfg.actions == "unbounded")
-    env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector, wrap)
+    env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector, wrap, cfg.env_kwargs)
+    low, high = (torch.as_tensor(bound, device=cfg.device) for bound in (box.low, box.high))
+    return env, normalization, low, high
+
+
+def build_agent(cfg: DictConfig) -> Agent:
+    """Everything that a resolved config describes, seeded."""
+    env, normalization, low, high = build_env(cfg)
     common.seed_everything(cfg.seed)
     spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     actor, value = build_actor(cfg, spec, observation_size), build_value(cfg, observation_size)
     loss = build_loss(cfg, actor, value, build_qvalue(cfg, spec, observation_size) if critic_scored(cfg) else None)
-    low, high = (torch.as_tensor(bound, device=cfg.device) for bound in (box.low, box.high))
     return Agent(env, normalization, actor, value, loss, low, high)
 
 
@@ -315,9 +334,26 @@ def rescale(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
 
 
 def build_trainer(
-    cfg: DictConfig, run_dir: Path, agent: Agent, collector: Collector, buffer: TensorDictReplayBuffer
+    cfg: DictConfig,
+    run_dir: Path,
+    agent: Agent,
+    collector: Collector,
+    buffer: TensorDictReplayBuffer,
+    *,
+    gae: Callable[[TensorDictBase], TensorDictBase] | None = None,
+    trained_on: Sequence[str] = TRAINED_ON,
 ) -> tuple[Trainer, torch.optim.lr_scheduler.LambdaLR]:
-    """The trainer with the hooks of on-policy learning, and the schedule of its learning rates."""
+    """The trainer with the hooks of on-policy learning, and the schedule of its learning rates.
+
+    Args:
+        cfg: the resolved config.
+        run_dir: the run's own.
+        agent: what is trained.
+        collector: of frames.
+        buffer: made by :func:`build_buffer`.
+        gae: writes the advantages; unset, TorchRL's for one policy and a value of the state.
+        trained_on: what the updates read.
+    """
     loss = agent.loss
     optimizer = runs.build_optimizer(cfg, loss, agent.actor)
     apart = critic_scored(cfg) and cfg.optim.qvalue_grad_clip == "apart"
@@ -333,10 +369,12 @@ def build_trainer(
         optim_steps_per_batch=cfg.loss.num_minibatches,
         num_epochs=cfg.loss.ppo_epochs,
     )
-    gae = GAE(gamma=cfg.optim.gamma, lmbda=cfg.loss.gae_lambda, value_network=agent.value, device=cfg.device)
+    advantages = gae or GAE(
+        gamma=cfg.optim.gamma, lmbda=cfg.loss.gae_lambda, value_network=agent.value, device=cfg.device
+    )
 
     def estimate(batch: TensorDictBase) -> TensorDictBase:
-        return gae(batch.to(cfg.device)).select(*TRAINED_ON).reshape(-1)
+        return advantages(batch.to(cfg.device)).select(*trained_on).reshape(-1)
 
     trainer.register_op("batch_process", estimate)
     replay = ReplayBufferTrainer(buffer)
@@ -352,61 +390,27 @@ def build_trainer(
 # --------------------------------------------------------------------------------------------- training
 
 
-def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -> Ranking:
-    """How well the Q-network ranks the experts' proposals, by Monte-Carlo returns.
-
-    Args:
-        cfg: the config.
-        agent: with a loss that scores.
-        states: that the policy meets.
-        **kwargs: of :func:`ranking.proposal_ranking`.
-    """
-    policy = agent.for_raw_env(agent.actor)
-
-    def read(observation: np.ndarray) -> TensorDict:
-        states = torch.as_tensor(observation, dtype=torch.float32, device=cfg.device)
-        return TensorDict({"observation": states}, states.shape[:-1])
-
-    def act(observation: np.ndarray) -> np.ndarray:
-        return policy(read(observation))["action"].cpu().numpy()
-
-    def propose(observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        states = read(observation)
-        states["observation"] = agent.normalization.normalize(states["observation"])
-        proposals = agent.actor.get_dist(states).propose().action
-        score = agent.loss.score_proposals(states, proposals)
-        return proposals.clamp(agent.low, agent.high).cpu().numpy(), score.cpu().numpy()
-
-    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-        return proposal_ranking(
-            cfg.env,
-            act,
-            propose,
-            num_experts=cfg.num_experts,
-            states=states,
-            gamma=cfg.optim.gamma,
-            seed=cfg.seed + 2_000_000,
-            show=cfg.logger.progress_bar,
-            **kwargs,
-        )
+def diagnose_agent(agent: Agent, seen: TensorDictBase) -> dict[str, float]:
+    """Return of the latest episodes, entropy and diagnostics of the policy in the states ``seen``."""
+    returns = agent.normalization.episode_returns
+    row = {"train_return": float(np.mean(returns)) if returns else math.nan}
+    with torch.no_grad():
+        dist = agent.actor.get_dist(seen)
+        row["entropy"] = -dist.log_prob(dist.sample()).mean().item()
+    return {**row, **runs.diagnose(agent.actor, seen, agent.low, agent.high)}
 
 
 def train(cfg: DictConfig, run_dir: Path) -> None:
     """Run one training from a resolved config and leave its records in ``run_dir``."""
     agent = build_agent(cfg)
-    actor, returns = agent.actor, agent.normalization.episode_returns
+    actor = agent.actor
     collector = runs.build_collector(cfg, agent.env, actor, frames_per_batch=cfg.collector.frames_per_batch)
     buffer = build_buffer(cfg)
     trainer, schedule = build_trainer(cfg, run_dir, agent, collector, buffer)
     drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
 
     def diagnose(frames: int) -> dict[str, float]:
-        seen = buffer[:].select("observation")
-        row = {"train_return": float(np.mean(returns)) if returns else math.nan}
-        with torch.no_grad():
-            dist = actor.get_dist(seen)
-            row["entropy"] = -dist.log_prob(dist.sample()).mean().item()
-        row.update(runs.diagnose(actor, seen, agent.low, agent.high))
+        row = diagnose_agent(agent, buffer[:].select("observation"))
         if critic_scored(cfg) and cfg.num_experts > 1 and cfg.logger.rank_states:
             found = Ranking(math.nan, math.nan, math.nan)
             if frames >= cfg.total_frames:
@@ -414,14 +418,14 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
             row.update({f"qvalue_rank_{name}": value for name, value in asdict(found).items()})
         return row
 
-    needed = {f"trainer_module.{NORMALIZATION}": "the running statistics of observations and rewards"}
-    checkpoint = resume.checkpoint_to_resume(cfg, needed)
+    checkpoint = resume.checkpoint_to_resume(cfg, NEEDED)
     runs.train_and_record(
         cfg,
         run_dir,
         trainer,
         agent.for_raw_env(runs.MeanOfDrawnExpert(actor) if drawn else actor),
         algorithm="PPO",
+        about=describe(cfg, actor),
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose,
         checkpoint=checkpoint,
@@ -432,12 +436,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
 @hydra.main(version_base="1.3", config_path="config", config_name="ppo_pmoe")
 def main(cfg: DictConfig) -> None:
     """Check the config, then train."""
-    with common.one_line_errors():
-        if cfg.resume is not None:
-            cfg = resume.resumed_config(cfg)
-        resolve_config(cfg)
-        common.prepare_torch(cfg)
-        train(cfg, resume.run_directory(cfg))
+    resume.start_or_resume(cfg, resolve_config, train)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +12,13 @@ import pandas as pd
 import torch
 from common import make_gym
 from numpy.typing import NDArray
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from ppo_pmoe import Agent
 
 Array = NDArray[np.float64]
 
@@ -59,8 +66,8 @@ def _per_state(first: Array, second: Array) -> Array:
 class _Copies:
     """Copies of one environment that take the same steps until they are sent apart."""
 
-    def __init__(self, name: str, count: int) -> None:
-        self.envs: list[gym.Env] = [make_gym(name) for _ in range(count)]
+    def __init__(self, name: str, count: int, env_kwargs: Mapping[str, Any] | None = None) -> None:
+        self.envs: list[gym.Env] = [make_gym(name, env_kwargs) for _ in range(count)]
 
     def reset(self, seed: int | None) -> Array:
         observations = [env.reset(seed=seed)[0] for env in self.envs]
@@ -114,6 +121,7 @@ def proposal_ranking(
     horizon: int = 100,
     warmup: int = 300,
     show: bool = True,
+    env_kwargs: Mapping[str, Any] | None = None,
 ) -> Ranking:
     """Send every expert's proposal through the simulator and compare what comes with the Q-network's scores.
 
@@ -135,7 +143,7 @@ def proposal_ranking(
     """
     chooser = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    copies = _Copies(name, num_experts * rollouts)
+    copies = _Copies(name, num_experts * rollouts, env_kwargs)
     scores = np.zeros((states, num_experts))
     returns = np.zeros((states, num_experts, rollouts))
     for state in tqdm(range(states), desc="ranking", unit="state", leave=False, disable=not show):
@@ -148,3 +156,43 @@ def proposal_ranking(
         returns[state] = copies.apart(proposals, act, horizon, gamma)
     copies.close()
     return rank_correlation(scores, returns)
+
+
+def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -> Ranking:
+    """How well the Q-network ranks the experts' proposals, by Monte-Carlo returns.
+
+    Args:
+        cfg: the config.
+        agent: with a loss that scores.
+        states: that the policy meets.
+        **kwargs: of :func:`ranking.proposal_ranking`.
+    """
+    policy = agent.for_raw_env(agent.actor)
+
+    def read(observation: np.ndarray) -> TensorDict:
+        states = torch.as_tensor(observation, dtype=torch.float32, device=cfg.device)
+        return TensorDict({"observation": states}, states.shape[:-1])
+
+    def act(observation: np.ndarray) -> np.ndarray:
+        return policy(read(observation))["action"].cpu().numpy()
+
+    def propose(observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        states = read(observation)
+        states["observation"] = agent.normalization.normalize(states["observation"])
+        proposals = agent.actor.get_dist(states).propose().action
+        score = agent.loss.score_proposals(states, proposals)
+        return proposals.clamp(agent.low, agent.high).cpu().numpy(), score.cpu().numpy()
+
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        return proposal_ranking(
+            cfg.env,
+            act,
+            propose,
+            num_experts=cfg.num_experts,
+            states=states,
+            gamma=cfg.optim.gamma,
+            seed=cfg.seed + 2_000_000,
+            show=cfg.logger.progress_bar,
+            env_kwargs=cfg.env_kwargs,
+            **kwargs,
+        )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from common import UsageError, remove_empty
+from common import UsageError, one_line_errors, prepare_torch, remove_empty
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
@@ -77,3 +77,21 @@ def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str]) -> Path | N
         if component not in held:
             raise UsageError(f"resume={cfg.resume}: must hold {words}; {path.name} has no {component}")
     return path
+
+
+def start_or_resume(
+    cfg: DictConfig, resolve: Callable[[DictConfig], None], train: Callable[[DictConfig, Path], None]
+) -> None:
+    """The body of a recipe that can go on: check the config, then train; errors end in one line.
+
+    Args:
+        cfg: as composed.
+        resolve: checks it and fills it in.
+        train: one run, given its directory.
+    """
+    with one_line_errors():
+        if cfg.resume is not None:
+            cfg = resumed_config(cfg)
+        resolve(cfg)
+        prepare_torch(cfg)
+        train(cfg, run_directory(cfg))

@@ -25,6 +25,7 @@ from torchrl.record.loggers import get_logger
 from torchrl.trainers import Trainer
 
 from torchrl_pmoe import NormalMixture
+from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.trainers import (
     FiniteBatch,
     MeanLossStepper,
@@ -43,11 +44,13 @@ class Evaluator:
 
     Args:
         name: Gymnasium id.
-        policy: reads ``observation`` and writes ``action``; asked for its deterministic action.
+        policy: reads ``observation`` and writes ``action``; asked for its deterministic action. What it writes into
+            ``next`` is there again in the next step of the episode.
         episodes: how many episodes make one evaluation.
         max_steps: an episode is cut here.
         seed: of the environments and of what the policy may draw.
         device: of the policy.
+        env_kwargs: of the environments.
     """
 
     def __init__(
@@ -59,12 +62,13 @@ class Evaluator:
         max_steps: int,
         seed: int,
         device: str = "cpu",
+        env_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.policy = policy
         self.max_steps = max_steps
         self.device = device
         self.seed = seed
-        self.envs = [make_gym(name) for _ in range(episodes)]
+        self.envs = [make_gym(name, env_kwargs) for _ in range(episodes)]
         for index, env in enumerate(self.envs):
             env.reset(seed=seed + index)
 
@@ -78,9 +82,10 @@ class Evaluator:
         returns = torch.zeros(len(self.envs), dtype=torch.float64)
         observation = np.stack([env.reset()[0] for env in self.envs])
         running = list(range(len(self.envs)))
+        carried = TensorDict({}, [len(running)])
         for _ in range(self.max_steps):
             batch = torch.as_tensor(observation[running], dtype=torch.float32, device=self.device)
-            td = self.policy(TensorDict({"observation": batch}, [len(running)]))
+            td = self.policy(carried.set("observation", batch))
             actions = td.get("action").cpu().numpy()
             still = []
             for index, action in zip(running, actions, strict=True):
@@ -88,6 +93,8 @@ class Evaluator:
                 returns[index] += float(reward)
                 if not (terminated or truncated):
                     still.append(index)
+            kept = [row for row, index in enumerate(running) if index in still]
+            carried = td.get("next", TensorDict({}, [len(running)]))[kept]
             running = still
             if not running:
                 break
@@ -116,8 +123,7 @@ class MeanOfDrawnExpert(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``action``."""
         dist = self.actor.get_dist(tensordict)
-        index = dist.sample_expert()[..., None, None]
-        return tensordict.set("action", dist.expert_mode.take_along_dim(index, -2).squeeze(-2))
+        return tensordict.set("action", take_expert(dist.expert_mode, dist.sample_expert()))
 
 
 def diagnose(
@@ -239,6 +245,7 @@ def train_and_record(
     policy: TensorDictModuleBase,
     *,
     algorithm: str,
+    about: str,
     loss_columns: Sequence[str],
     diagnose: Callable[[int], Mapping[str, float]],
     checkpoint: Path | None = None,
@@ -253,6 +260,7 @@ def train_and_record(
         trainer: made by :func:`build_trainer`, with its hooks.
         policy: what is evaluated.
         algorithm: its name, for the title of the plot.
+        about: printed before the first frame, after all that can be wrong with the input.
         loss_columns: outputs of the loss whose means are recorded.
         diagnose: more columns, given the number of frames; the same ones every time.
         checkpoint: to go on from.
@@ -267,6 +275,7 @@ def train_and_record(
         max_steps=cfg.logger.eval_max_steps,
         seed=cfg.seed + 1_000_000,
         device=cfg.device,
+        env_kwargs=cfg.env_kwargs,
     )
     recorder = RunRecorder(run_dir, title=f"{algorithm}, {cfg.policy}, {cfg.env}, seed {cfg.seed}")
     logger = get_logger(
@@ -321,6 +330,7 @@ def train_and_record(
         shown = {"return": recorder.last.get("return_mean"), "routing entropy": entropy}
         return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
 
+    print(about)
     bar = ProgressBar(cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar)
     bar.register(trainer)
     with closing(bar), closing(evaluator):

@@ -8,6 +8,8 @@ Every key is in ``recipes/config/sac_pmoe.yaml``.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import common
 import hydra
 import runs
 import torch
-from common import Rule, UsageError, choice, either, flag, integer, number, text
+from common import UsageError
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from policies import UNIMODAL, build_experts_actor, describe
+from rules import Rule, choice, either, flag, integer, number, text
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, add_custom_mapping
 from torch import Tensor, nn
 from torchrl.collectors import Collector
@@ -28,27 +32,27 @@ from torchrl.data import (
     TensorDictReplayBuffer,
     TensorSpec,
 )
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import ReplayBufferTrainer, SelectKeys, TargetNetUpdaterHook
 
-from torchrl_pmoe import BestOfExpertsActor, PMOEActor, PMOESACLoss
+from torchrl_pmoe import BestOfExpertsActor, PMOESACLoss
 from torchrl_pmoe.modules.heads import ClampedExp
-from torchrl_pmoe.trainers import (
-    FiniteLoss,
-    MeanLossStepper,
-)
+from torchrl_pmoe.trainers import FiniteLoss, MeanLossStepper
 
 RULES: dict[str, Rule] = {
     **common.RULES,
     "scoring": either(choice("critic", "gradient"), None),
-    "routing": either(choice("frequency", "soft_frequency", "marginal", "none"), None),
+    "routing": either(
+        choice("frequency", "soft_frequency", "gumbel_softmax", "score_function", "marginal", "none"), None
+    ),
     "backprop": either(choice("max", "all", "routed", "weighted"), None),
     "score": either(choice("mixture", "expert"), None),
     "acting": either(choice("policy", "best_of_experts"), None),
-    "network.router": choice("detached", "shared", "separate"),
+    "network.router": either(choice("detached", "shared", "separate"), None),
     "network.log_std_min": number(),
     "network.log_std_max": number(),
     "network.head_init": number(above=0),
@@ -61,6 +65,8 @@ RULES: dict[str, Rule] = {
     "optim.target_entropy": either(number(), "auto"),
     "collector.frames_per_batch": either(integer(1), None),
     "collector.init_random_frames": integer(0),
+    "loss.temperature": number(above=0),
+    "loss.straight_through": flag(),
     "replay_buffer.size": integer(1),
     "replay_buffer.prb": flag(),
     "replay_buffer.scratch_dir": either(text(), None),
@@ -75,10 +81,16 @@ PAPER = {
     "acting": "policy",
     "logger.eval_expert": "drawn",
 }
+ROUTINGS = {
+    "critic": ("frequency", "soft_frequency", "score_function", "marginal", "none"),
+    "gradient": ("frequency", "soft_frequency", "gumbel_softmax", "none"),
+}
 # the highest return measured (README); it is the paper's combination, evaluated on the expert of largest weight
 DEFAULTS = {**PAPER, "logger.eval_expert": "largest"}
 # no critic call there, so no backprop; the drawn expert's own density leaves its experts stuck (bandits in the README)
 GRADIENT_SCORED = {**DEFAULTS, "scoring": "gradient", "backprop": None, "score": "mixture"}
+# the likelihood ratio estimates the soft objective's slope in the router; here the experts follow the same objective
+SCORE_FUNCTION = {**DEFAULTS, "backprop": "routed", "score": "mixture"}
 PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
 STORED = ["observation", "action", *[("next", key) for key in ("observation", "reward", "done", "terminated")]]
 DIAGNOSED_STATES = 1000
@@ -90,8 +102,16 @@ DIAGNOSED_STATES = 1000
 def resolve_config(cfg: DictConfig) -> None:
     """Check the config and fill in what it leaves to the preset, the defaults or the environment."""
     common.check_config(cfg, RULES)
-    fills = PAPER if cfg.preset == "paper" else GRADIENT_SCORED if cfg.scoring == "gradient" else DEFAULTS
-    common.fill_preset(cfg, PAPER, fills, PAPER_NUM_EXPERTS, for_gaussian=("acting",))
+    fills: Mapping[str, str | None] = DEFAULTS
+    if cfg.preset == "paper":
+        fills = PAPER
+    elif cfg.scoring == "gradient" or (cfg.routing == "gumbel_softmax" and cfg.scoring is None):
+        fills = GRADIENT_SCORED
+    elif cfg.routing == "score_function":
+        fills = SCORE_FUNCTION
+    common.fill_preset(cfg, PAPER, fills, PAPER_NUM_EXPERTS, for_unimodal=("acting",))
+    if cfg.network.router is None:
+        cfg.network.router = "detached" if cfg.policy == "pmoe" else "shared"
     if cfg.collector.frames_per_batch is None:
         cfg.collector.frames_per_batch = cfg.collector.env_per_collector
     _refuse_combinations(cfg)
@@ -105,8 +125,24 @@ def _refuse_combinations(cfg: DictConfig) -> None:
             "null with scoring=gradient, where the loss's own draw carries the gradient",
         ),
         "routing": (
-            cfg.scoring == "gradient" and cfg.routing == "marginal",
-            "one of frequency, soft_frequency, none with scoring=gradient",
+            cfg.routing not in (None, *ROUTINGS.get(cfg.scoring, ())),
+            f"one of {', '.join(ROUTINGS.get(cfg.scoring, ()))} with scoring={cfg.scoring}",
+        ),
+        "blend": (
+            cfg.policy != "gating" and cfg.blend != "parameters",
+            f"parameters with policy={cfg.policy}; only gating blends",
+        ),
+        "loss.temperature": (
+            cfg.routing != "gumbel_softmax" and cfg.loss.temperature != 1,
+            f"1 with routing={cfg.routing}; only gumbel_softmax has one",
+        ),
+        "loss.straight_through": (
+            cfg.routing != "gumbel_softmax" and not cfg.loss.straight_through,
+            f"true with routing={cfg.routing}; only gumbel_softmax has a draw to relax",
+        ),
+        "score": (
+            cfg.routing == "gumbel_softmax" and not cfg.loss.straight_through and cfg.score == "expert",
+            "mixture with loss.straight_through=false, a blend of draws is no expert's",
         ),
         "loss.routing_loss": (
             cfg.scoring == "gradient" and cfg.loss.routing_loss != "brier",
@@ -117,8 +153,8 @@ def _refuse_combinations(cfg: DictConfig) -> None:
             "1 with scoring=gradient",
         ),
         "acting": (
-            cfg.policy == "gaussian" and cfg.acting == "best_of_experts",
-            "policy with policy=gaussian, which has one expert",
+            cfg.policy in UNIMODAL and cfg.acting == "best_of_experts",
+            f"policy with policy={cfg.policy}, which {UNIMODAL.get(cfg.policy)}",
         ),
         "optim.router_lr": (
             cfg.policy == "gaussian" and cfg.optim.router_lr is not None,
@@ -148,23 +184,28 @@ def _refuse_combinations(cfg: DictConfig) -> None:
 
 
 def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> ProbabilisticActor:
-    """The policy: a :class:`~torchrl_pmoe.PMOEActor`, or TorchRL's own TanhNormal actor of the same size."""
+    """The policy: an actor of several experts, or TorchRL's own TanhNormal actor of the same size."""
     net = cfg.network
-    if cfg.policy == "pmoe":
+    if cfg.policy != "gaussian":
         distribution_kwargs: dict[str, Any] = {"score": cfg.score}
         if cfg.scoring == "gradient":
-            distribution_kwargs.update(routing=cfg.routing, routing_coef=cfg.loss.routing_coef)
-        return PMOEActor(
-            cfg.num_experts,
-            spec=spec,
+            distribution_kwargs.update(
+                routing=cfg.routing,
+                routing_coef=cfg.loss.routing_coef,
+                temperature=cfg.loss.temperature,
+                straight_through=cfg.loss.straight_through,
+            )
+        return build_experts_actor(
+            cfg,
+            spec,
+            mixture={"distribution_kwargs": distribution_kwargs},
+            blended={},
             in_features=observation_size,
             num_cells=tuple(net.hidden_sizes),
             activation_class=common.ACTIVATIONS[net.activation],
             router=net.router,
-            distribution_kwargs=distribution_kwargs,
             scale_mapping=ClampedExp(net.log_std_min, net.log_std_max),
             head_init=net.head_init,
-            device=cfg.device,
         )
     add_custom_mapping("clamped_exp", ClampedExp(net.log_std_min, net.log_std_max))
     mlp = MLP(
@@ -212,7 +253,9 @@ def build_loss(cfg: DictConfig, actor: ProbabilisticActor, qvalue: ValueOperator
         "target_entropy": cfg.optim.target_entropy,
     }
     if cfg.policy == "pmoe" and cfg.scoring == "critic":
-        loss = PMOESACLoss(actor, qvalue, routing=cfg.routing, backprop=cfg.backprop, **cfg.loss, **kwargs)
+        names = ("routing_coef", "routing_loss", "num_proposals")
+        kwargs.update({name: cfg.loss[name] for name in names})
+        loss = PMOESACLoss(actor, qvalue, routing=cfg.routing, backprop=cfg.backprop, **kwargs)
     else:
         loss = SACLoss(actor, qvalue, **kwargs)
     loss.make_value_estimator(gamma=cfg.optim.gamma)
@@ -317,9 +360,24 @@ def build_trainer(
     return trainer
 
 
-def train(cfg: DictConfig, run_dir: Path) -> None:
-    """Run one training from a resolved config and leave its records in ``run_dir``."""
-    env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector)
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves in memory."""
+
+    actor: ProbabilisticActor
+    buffer: TensorDictReplayBuffer
+
+
+def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained:
+    """Run one training from a resolved config and leave its records in ``run_dir``.
+
+    Args:
+        cfg: the config.
+        run_dir: of the run.
+        env: seeded, of ``collector.env_per_collector`` agents; made from ``env`` of the config if not given.
+    """
+    if env is None:
+        env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector, kwargs=cfg.env_kwargs)
     common.seed_everything(cfg.seed)
     spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     actor = build_actor(cfg, spec, observation_size)
@@ -336,6 +394,8 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         ),
         init_random_frames=cfg.collector.init_random_frames,
     )
+    # the networks have drawn as many numbers as they have weights: every policy warms up with the same random actions
+    common.seed_everything(cfg.seed)
     trainer = build_trainer(cfg, collector, loss, runs.build_optimizer(cfg, loss, actor), buffer, run_dir)
     critics = Critics(loss)
     space = actor.spec["action"].space
@@ -352,10 +412,12 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         trainer,
         evaluated,
         algorithm="SAC",
+        about=describe(cfg, actor, loss.qvalue_network_params),
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose,
         unsaved=() if cfg.checkpoint.replay_buffer else ("replay_buffer",),
     )
+    return Trained(actor, buffer)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="sac_pmoe")

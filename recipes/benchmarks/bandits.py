@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from known_optimum import ALPHA, BANDITS, Bandit
+from known_optimum import BANDITS, SAC_OPTIONS, Bandit
 from outcomes import Outcome, add_arguments, chosen, finish, outcomes, shown, sweep, table
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -190,15 +190,7 @@ def train(
         },
     )
     critic = TensorDictModule(KnownValue(rows), in_keys=["observation", "action"], out_keys=["state_action_value"])
-    options: dict[str, Any] = {
-        "num_qvalue_nets": 1,
-        "alpha_init": ALPHA,
-        "fixed_alpha": True,
-        "target_entropy": 0.0,
-        "reduction": "none",
-        "scalar_output_mode": "exclude",
-        "delay_qvalue": False,
-    }
+    options: dict[str, Any] = {"num_qvalue_nets": 1, **SAC_OPTIONS}
     loss_module: SACLoss
     if combination.scoring == "critic":
         loss_module = PMOESACLoss(

@@ -9,12 +9,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ALPHA = 0.1
+SAC_OPTIONS: dict[str, Any] = {
+    "alpha_init": ALPHA,
+    "fixed_alpha": True,
+    "target_entropy": 0.0,
+    "reduction": "none",
+    "scalar_output_mode": "exclude",
+    "delay_qvalue": False,
+}
+"""Of a ``SACLoss`` on one state: a temperature that stays, a loss per row."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import UsageError, prepare_torch
-from ppo_pmoe import NORMALIZATION, Agent, build_agent, critic_scored, measure_ranking
+from ppo_pmoe import NORMALIZATION, Agent, build_agent, critic_scored
+from ranking import measure_ranking
 from resume import last_checkpoint
 from torchrl.checkpoint import Checkpoint
 

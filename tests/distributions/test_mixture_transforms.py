@@ -21,6 +21,8 @@ OPTIONS = [
     {"routing": "soft_frequency"},
     {"routing": "none", "score": "expert"},
     {"routing": "soft_frequency", "low": torch.tensor([-1.0, 0.0]), "high": torch.tensor([1.0, 2.0])},
+    {"routing": "gumbel_softmax", "temperature": 0.5},
+    {"routing": "gumbel_softmax", "routing_coef": 2.0, "straight_through": False},
 ]
 
 
@@ -119,7 +121,7 @@ def _compiled_and_eager_draw(settings, **kwargs):
     torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS[3]])
+@pytest.mark.parametrize("options", [{}, *OPTIONS[3:]])
 def test_compiled_draw_and_routing_gradient_are_the_eager_ones(options):
     _compiled_and_eager_draw(options, backend="aot_eager")
 

@@ -22,6 +22,7 @@ from torchrl_pmoe.distributions.routing import (
     brier_loss,
     log_loss,
     route_by_slope,
+    score_function_loss,
     soft_frequency,
 )
 
@@ -312,6 +313,59 @@ def test_soft_frequency_becomes_the_best_proposal_as_the_temperature_falls():
     torch.testing.assert_close(soft_frequency(score / 1e-6, logits), best_proposal(score))
 
 
+def _enumerated(logits, cost):
+    """Gradient of the score-function loss for every index that may be drawn, ``[K, *B, K]``, and its probability."""
+    experts = logits.shape[-1]
+    gradients = []
+    for z in range(experts):
+        loss = score_function_loss(logits, cost, torch.full(cost.shape[:-1], z))
+        gradients.append(torch.autograd.grad(loss.sum(), logits)[0])
+    return torch.stack(gradients), logits.detach().softmax(-1).movedim(-1, 0).unsqueeze(-1)
+
+
+def test_the_score_functions_mean_over_the_drawn_expert_is_the_marginals_gradient():
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    cost = torch.randn(6, 4, dtype=torch.float64)
+    gradients, w = _enumerated(logits, cost)
+    expected = torch.autograd.grad((logits.softmax(-1) * cost).sum(), logits)[0]
+    torch.testing.assert_close((w * gradients).sum(0), expected)
+
+
+def test_the_score_function_reads_each_draw_of_its_own_cost():
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    cost, index = torch.randn(3, 6, 4, dtype=torch.float64), torch.randint(4, (3, 6))
+    loss = score_function_loss(logits, cost, index)
+    w = logits.detach().softmax(-1)
+    for m in range(3):
+        for b in range(6):
+            z = index[m, b]
+            expected = w[b, z].log() * (cost[m, b, z] - w[b] @ cost[m, b])
+            torch.testing.assert_close(loss[m, b], expected)
+
+
+def test_the_baseline_takes_out_what_all_experts_have_in_common_and_lowers_the_variance():
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    cost = torch.randn(6, 4, dtype=torch.float64)
+    gradients, w = _enumerated(logits, cost)
+    torch.testing.assert_close(_enumerated(logits, cost + 1e3)[0], gradients)
+    mean = (w * gradients).sum(0)
+    score = torch.eye(4, dtype=torch.float64).unsqueeze(1) - logits.detach().softmax(-1)  # of z, in the logits
+    for common in (3.0, 1e3):
+        plain = score * (cost + common).movedim(-1, 0).unsqueeze(-1)
+        torch.testing.assert_close((w * plain).sum(0), mean)
+        variance, without = ((w * (x - mean).square()).sum((0, -1)) for x in (gradients, plain))
+        assert (variance < 0.5 * without).all()
+
+
+def test_the_score_function_trains_the_logits_alone():
+    logits = torch.randn(6, 4, requires_grad=True)
+    cost = torch.randn(6, 4, requires_grad=True)
+    loss = score_function_loss(logits, cost, torch.randint(4, (6,)))
+    found = torch.autograd.grad(loss.sum(), (logits, cost), allow_unused=True)
+    assert found[0].any()
+    assert found[1] is None
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_route_by_slope_hands_everything_else_through(soft):
     action, log_prob = torch.randn(4, 2, requires_grad=True), torch.randn(4, requires_grad=True)
@@ -342,14 +396,14 @@ def test_routing_is_a_member_or_its_name(cls, routing):
 
 
 @pytest.mark.parametrize("cls", BOTH)
-@pytest.mark.parametrize("routing", ["score_function", "marginal", "foo", RoutingGradient.MARGINAL, None, 3])
-def test_a_routing_that_does_not_live_here_is_refused(cls, routing):
-    with pytest.raises(ValueError, match=r"routing=.*allowed: frequency, soft_frequency, none"):
-        cls(*make_params(3), routing=routing)
+@pytest.mark.parametrize("routing", ["frequency", "soft_frequency", "gumbel_softmax", "none"])
+def test_every_routing_that_lives_here_is_taken(cls, routing):
+    member = RoutingGradient(routing)
+    assert all(cls(*make_params(3), routing=given).routing is member for given in (routing, member))
 
 
 @pytest.mark.parametrize("cls", BOTH)
-@pytest.mark.parametrize("routing", ["gumbel_softmax", RoutingGradient.GUMBEL_SOFTMAX])
-def test_a_routing_that_is_not_built_yet_says_so(cls, routing):
-    with pytest.raises(NotImplementedError, match=r"gumbel_softmax.*not built yet"):
+@pytest.mark.parametrize("routing", ["score_function", "marginal", "foo", RoutingGradient.SCORE_FUNCTION, None, 3])
+def test_a_routing_that_does_not_live_here_is_refused(cls, routing):
+    with pytest.raises(ValueError, match=r"routing=.*allowed: frequency, soft_frequency, gumbel_softmax, none\.$"):
         cls(*make_params(3), routing=routing)

@@ -186,3 +186,18 @@ def assert_compiled_equals_eager(loss: nn.Module, batch: TensorDict, parameters:
         torch.testing.assert_close(compiled[key], value)
     for ours, theirs in zip(compiled_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def moved_by(losses, owners):
+    """Names of the ``owners``, lists of parameters, that each loss has a gradient for; nothing else may have one."""
+    moved = {}
+    for key, value in losses.items():
+        if not key.startswith("loss_"):
+            assert not value.requires_grad, key
+            continue
+        gradients = {
+            name: torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            for name, parameters in owners.items()
+        }
+        moved[key] = {name for name, found in gradients.items() if any(g is not None and g.any() for g in found)}
+    return moved

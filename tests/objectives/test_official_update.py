@@ -13,8 +13,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from objectives.helpers import total
-from torchrl_pmoe import PMOEActor, PMOESACLoss
-from torchrl_pmoe.distributions import mixture
+from torchrl_pmoe import NormalMixture, PMOEActor, PMOESACLoss, TanhNormalMixture
 
 OFFICIAL = Path(__file__).parents[1] / "data" / "official_sac_update.npz"
 K, A = 4, 6
@@ -100,8 +99,8 @@ def update(official, double, monkeypatch):
     )
     # the target comes first (next states), then the actor's proposals
     noise = iter((official["noise/next_observations"], official["noise/observations"]))
-    monkeypatch.setattr(mixture.torch, "randn", lambda *_, **__: next(noise))
-    monkeypatch.setattr(mixture.NormalMixture, "sample_expert", lambda self, shape=(): official["noise/next_expert"])
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: next(noise))
+    monkeypatch.setattr(NormalMixture, "sample_expert", lambda self, shape=(): official["noise/next_expert"])
     return loss, loss(batch)
 
 
@@ -110,12 +109,12 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def test_expert_outputs_agree(official, double, monkeypatch):
-    dist = mixture.TanhNormalMixture(
+    dist = TanhNormalMixture(
         official["head/observations/logits"],
         official["head/observations/loc"],
         official["head/observations/log_std"].clamp(-20, 2).exp(),
     )
-    monkeypatch.setattr(mixture.torch, "randn", lambda *_, **__: official["noise/observations"])
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: official["noise/observations"])
     action, log_prob = dist.rsample_experts()
     torch.testing.assert_close(action, official["out/expert_action"], rtol=1e-10, atol=1e-12)
     assert relative(log_prob, official["out/expert_log_prob"]) < 2e-4
@@ -161,8 +160,8 @@ def test_gradients_on_the_heads_agree(official, update, double, monkeypatch):
     head = {
         name: official[f"head/observations/{name}"].clone().requires_grad_() for name in ("logits", "loc", "log_std")
     }
-    monkeypatch.setattr(mixture.torch, "randn", lambda *_, **__: official["noise/observations"])
-    dist = mixture.TanhNormalMixture(head["logits"], head["loc"], head["log_std"].clamp(-20, 2).exp(), score="expert")
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: official["noise/observations"])
+    dist = TanhNormalMixture(head["logits"], head["loc"], head["log_std"].clamp(-20, 2).exp(), score="expert")
     monkeypatch.setattr(type(loss.actor_network), "get_dist", lambda *_: dist)
     total, metadata = loss.actor_loss(TensorDict({"observation": official["batch/observations"]}, batch_size=32))
     (total + metadata["loss_routing"]).backward()

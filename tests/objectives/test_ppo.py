@@ -26,6 +26,7 @@ from objectives.helpers import (
     make_policy,
     make_table,
     make_value,
+    moved_by,
     pre_tanh_reference,
     router_of,
     total,
@@ -273,17 +274,7 @@ def test_each_loss_moves_its_own_parameters_alone():
     }
     assert sum(map(len, owners.values())) == len(list(loss.parameters()))
     losses = loss(batch)
-    moved = {}
-    for key, value in losses.items():
-        if not key.startswith("loss_"):
-            assert not value.requires_grad, key
-            continue
-        gradients = {
-            name: torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            for name, parameters in owners.items()
-        }
-        moved[key] = {name for name, found in gradients.items() if any(g is not None and g.any() for g in found)}
-    assert moved == {
+    assert moved_by(losses, owners) == {
         "loss_objective": {"router", "experts"},
         "loss_entropy": {"router", "experts"},
         "loss_critic": {"value"},
@@ -622,8 +613,11 @@ def test_a_mixture_with_another_batch_shape_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"routing": "gumbel_softmax"}, "gumbel_softmax.*allowed: frequency, soft_frequency, marginal, none"),
-        ({"routing": "foo"}, "'foo' is unknown; allowed: frequency, soft_frequency, marginal, none"),
+        (
+            {"routing": "gumbel_softmax"},
+            "gumbel_softmax.*allowed: frequency, soft_frequency, score_function, marginal, none",
+        ),
+        ({"routing": "foo"}, "'foo' is unknown; allowed: frequency, soft_frequency, score_function, marginal, none"),
         ({"routing_loss": "foo"}, "'foo' is unknown; allowed: brier, log"),
         ({"functional": False}, "functional=False is not supported"),
         *(({"num_proposals": n}, f"num_proposals={n!r} must be an integer of at least 1") for n in (0, -1, 2.0, True)),
@@ -649,11 +643,6 @@ def test_an_unknown_keyword_is_refused():
 def test_one_action_has_one_entropy_coefficient():
     with pytest.raises(ValueError, match="entropy_coeff must be a number"):
         PMOEClipPPOLoss(make_policy(), None, make_critic(), entropy_coeff={"action": 0.1})
-
-
-def test_routing_that_is_not_built_yet_says_so():
-    with pytest.raises(NotImplementedError, match=r"score_function.*not built yet"):
-        build(make_policy(K), routing="score_function")
 
 
 def test_a_missing_value_target_is_named():
@@ -723,7 +712,7 @@ def test_compiled_loss_equals_eager():
     assert_compiled_equals_eager(loss, batch, list(loss.parameters()))
 
 
-@pytest.mark.parametrize("routing", ["frequency", "soft_frequency", "marginal", "none"])
+@pytest.mark.parametrize("routing", ["frequency", "soft_frequency", "score_function", "marginal", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_loss_runs_on_the_device(device, dtype, routing):
     actor = make_policy(K, dtype)

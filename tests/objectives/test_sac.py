@@ -343,7 +343,10 @@ def test_a_coefficient_that_makes_no_sense_is_refused(coef):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"routing": "gumbel_softmax"}, "gumbel_softmax.*allowed: frequency, soft_frequency, marginal, none"),
+        (
+            {"routing": "gumbel_softmax"},
+            "gumbel_softmax.*allowed: frequency, soft_frequency, score_function, marginal, none",
+        ),
         ({"routing": "foo"}, "'foo' is unknown; allowed"),
         ({"backprop": "foo"}, "'foo' is unknown; allowed: max, all, routed, weighted"),
         ({"routing_loss": "foo"}, "'foo' is unknown; allowed: brier, log"),
@@ -354,11 +357,6 @@ def test_a_coefficient_that_makes_no_sense_is_refused(coef):
 def test_unknown_options_are_refused(kind, options, message):
     with pytest.raises(ValueError, match=message):
         build(make_actor(), kind=kind, **options)
-
-
-def test_routing_that_is_not_built_yet_says_so():
-    with pytest.raises(NotImplementedError, match=r"score_function.*not built yet"):
-        build(make_actor(), routing="score_function")
 
 
 def test_sac_v1_is_refused():
@@ -406,7 +404,7 @@ def test_compiled_loss_equals_eager(backprop):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("routing", ["frequency", "soft_frequency", "marginal", "none"])
+@pytest.mark.parametrize("routing", ["frequency", "soft_frequency", "score_function", "marginal", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_runs_on_the_device(device, dtype, routing):
     actor, batch = make_actor(dtype=dtype), make_batch(B, dtype)

@@ -24,7 +24,7 @@ def build(kind, actor, *, blind=False, **kwargs):
     return loss.double()
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", [*ROUTINGS, "gumbel_softmax"])
 @pytest.mark.parametrize("kind", [SACLoss, TQCLoss, CrossQLoss, CQLLoss, REDQLoss])
 def test_stock_loss_trains_experts_and_router(kind, routing):
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ import pytest
 import recipe_runs
 import torch
 from omegaconf import OmegaConf
-from recipe_runs import assert_one_line, assert_only_a_progress_bar, assert_refused, common, rows, timeless_rows
+from recipe_runs import assert_a_line_and_a_progress_bar, assert_one_line, assert_refused, common, rows, timeless_rows
 from scipy.stats import spearmanr
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -30,17 +30,7 @@ from resume import last_checkpoint  # isort: skip
 start = partial(recipe_runs.start, "ppo_pmoe")
 resolve = partial(recipe_runs.resolve, ppo_pmoe)
 
-SMALL = [
-    "env=Pendulum-v1",
-    "total_frames=512",
-    "network.hidden_sizes=[16,16]",
-    "collector.frames_per_batch=128",
-    "loss.num_minibatches=4",
-    "loss.ppo_epochs=2",
-    "logger.eval_interval=256",
-    "logger.eval_episodes=2",
-    "checkpoint.interval=256",
-]
+SMALL = recipe_runs.SMALL_PPO
 MIXTURE_COLUMNS = ("return_mean", "return_std", "loss_objective", "loss_critic", "explained_variance", "clip_fraction",
                    "kl_approx", "train_return", "entropy", "effective_experts", "effective_experts_per_state",
                    "mutual_information", "dead_fraction", "saturation")  # fmt: skip
@@ -54,8 +44,10 @@ def run(tmp_path_factory):
     return directory / "run", done
 
 
-def test_run_ends_well_and_prints_progress_bars_alone(run):
-    bars = assert_only_a_progress_bar(run[1])
+def test_run_ends_well_and_prints_what_is_trained_and_progress_bars(run):
+    # trunk 64 + 272, locs 17 * 3, scales 3, router 4 * 3
+    assert run[1].stdout == "Pendulum-v1: policy pmoe of 3 experts, 402 parameters (12 of them the router's)\n"
+    bars = assert_a_line_and_a_progress_bar(run[1])
     assert "return=" in bars[-1]
     assert "routing entropy=" in bars[-1]
 
@@ -97,8 +89,31 @@ def test_same_seed_gives_the_same_metrics(run, tmp_path):
 )  # fmt: skip
 def test_every_kind_of_run_ends_well(args, tmp_path):
     done = start(*SMALL, "hydra.run.dir=run", *args, directory=tmp_path)
-    assert_only_a_progress_bar(done)
+    assert_a_line_and_a_progress_bar(done)
     assert [row["frames"] for row in rows(tmp_path / "run")] == ["256", "512"]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["policy=gating"], "gating of 4 experts, 424 parameters (16 of them the router's)"),
+        (["policy=gating", "blend=actions", "actions=bounded", "network.router=shared", "optim.router_lr=1e-3"],
+         "gating of 4 experts, 476 parameters (68 of them the router's)"),
+        (["policy=mcp", "actions=bounded"], "mcp of 4 experts, 424 parameters (16 of them the router's)"),
+        (["policy=gaussian"], "gaussian, 354 parameters"),
+        (["scoring=critic", "routing=score_function", "logger.rank_states=0"],
+         "pmoe of 4 experts, 424 parameters (16 of them the router's)"),
+    ],
+    ids=lambda x: "-".join(x[:2]) if isinstance(x, list) else "",
+)  # fmt: skip
+def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys):
+    tiny = ["total_frames=256", "logger.eval_interval=128", "logger.eval_episodes=1", "logger.eval_max_steps=20"]
+    recipe_runs.run_here(ppo_pmoe, tmp_path, *SMALL, *tiny, *args)
+    assert capsys.readouterr().out == f"Pendulum-v1: policy {line}\n"
+    table = rows(tmp_path)
+    assert [row["frames"] for row in table] == ["128", "256"]
+    assert all(row["return_mean"] != "" and row["loss_objective"] != "" for row in table)
+    assert (table[-1]["loss_routing"] != "") == ("routing=score_function" in args)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,10 @@ def test_every_kind_of_run_ends_well(args, tmp_path):
     [
         ("scoring=foo", "one of responsibility, frequency, critic"),
         ("scoring=gradient", "one of responsibility, frequency, critic"),
-        ("routing=foo", "one of frequency, soft_frequency, marginal, none"),
+        ("routing=foo", "one of frequency, soft_frequency, score_function, marginal, none"),
+        ("routing=gumbel_softmax", "one of frequency, soft_frequency, score_function, marginal, none"),
+        ("policy=foo", "one of pmoe, gaussian, gating, mcp"),
+        ("blend=x", "one of parameters, actions"),
         ("routing=frequency", "null with scoring=responsibility"),
         ("actions=foo", "one of unbounded, bounded"),
         ("num_experts=0", "an integer >= 1"),
@@ -130,6 +148,9 @@ def test_bad_value_is_named_with_what_is_allowed(override, allowed):
         (["preset=paper", "actions=bounded"], "actions"),
         (["preset=paper", "scoring=frequency"], "scoring"),
         (["preset=paper", "policy=gaussian"], "preset"),
+        (["preset=paper", "policy=gating"], "preset"),
+        (["preset=paper", "policy=mcp"], "preset"),
+        (["routing=score_function", "scoring=frequency"], "routing"),
         (["policy=gaussian", "optim.router_lr=1e-3"], "optim.router_lr"),
     ],
 )

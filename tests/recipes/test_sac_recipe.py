@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import recipe_runs
+import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
-from recipe_runs import assert_one_line, assert_only_a_progress_bar, assert_refused, common, rows, timeless_rows
+from recipe_runs import assert_a_line_and_a_progress_bar, assert_one_line, assert_refused, common, rows, timeless_rows
+from tensordict import TensorDict
+from torchrl.objectives import SACLoss
+
+from torchrl_pmoe import GatingActor, MCPActor, PMOEActor, PMOESACLoss
 
 import sac_pmoe  # isort: skip
 
@@ -36,9 +41,13 @@ def pmoe_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     return directory / "run", start(*SMALL, "num_experts=3", "hydra.run.dir=run", directory=directory)
 
 
-def test_run_ends_well_and_prints_a_progress_bar_alone(pmoe_run):
+def test_run_ends_well_and_prints_what_is_trained_and_a_progress_bar(pmoe_run):
     _, done = pmoe_run
-    bars = assert_only_a_progress_bar(done)
+    # trunk 64 + 272, experts 17 * 6, router 17 * 3; a critic 80 + 272 + 17
+    assert done.stdout == (
+        "Pendulum-v1: policy pmoe of 3 experts, 489 parameters (51 of them the router's); critics 738 parameters\n"
+    )
+    bars = assert_a_line_and_a_progress_bar(done)
     assert "return=" in bars[-1]
     assert "routing entropy=" in bars[-1]
 
@@ -85,6 +94,98 @@ def test_every_kind_of_run_ends_well(args, tmp_path):
     assert [row["frames"] for row in rows(tmp_path / "run")] == ["200", "400"]
 
 
+TINY = [
+    "env=Pendulum-v1",
+    "total_frames=40",
+    "network.hidden_sizes=[16,16]",
+    "optim.batch_size=16",
+    "collector.init_random_frames=20",
+    "logger.eval_interval=20",
+    "logger.eval_episodes=1",
+    "logger.eval_max_steps=20",
+    "checkpoint.interval=40",
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["policy=gating"], "gating of 4 experts, 540 parameters (68 of them the router's)"),
+        (["policy=gating", "blend=actions", "num_experts=1", "optim.router_lr=1e-3"],
+         "gating of 1 experts, 387 parameters (17 of them the router's)"),
+        (["policy=mcp", "network.router=separate"], "mcp of 4 experts, 876 parameters (404 of them the router's)"),
+        (["policy=gaussian"], "gaussian, 370 parameters"),
+        (["routing=gumbel_softmax"], "pmoe of 4 experts, 540 parameters (68 of them the router's)"),
+        (["routing=gumbel_softmax", "loss.straight_through=false", "loss.temperature=0.5", "acting=best_of_experts"],
+         "pmoe of 4 experts, 540 parameters (68 of them the router's)"),
+        (["routing=score_function", "loss.num_proposals=2"],
+         "pmoe of 4 experts, 540 parameters (68 of them the router's)"),
+    ],
+    ids=lambda x: "-".join(x[:2]) if isinstance(x, list) else "",
+)  # fmt: skip
+def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys):
+    recipe_runs.run_here(sac_pmoe, tmp_path, *TINY, *args)
+    assert capsys.readouterr().out == f"Pendulum-v1: policy {line}; critics 738 parameters\n"
+    table = rows(tmp_path)
+    assert [row["frames"] for row in table] == ["20", "40"]
+    assert table[-1]["return_mean"] != ""
+    assert table[-1]["loss_actor"] != ""
+    assert (table[-1]["loss_routing"] != "") == (args[0] == "routing=score_function")
+
+
+def built(*overrides):
+    """What the recipe makes of a config: the actor and the loss."""
+    cfg = resolve("env=Pendulum-v1", *overrides)
+    spec = common.make_env(cfg.env, 0, 1).action_spec_unbatched
+    actor = sac_pmoe.build_actor(cfg, spec, 3)
+    return actor, sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, 3))
+
+
+def test_a_policy_and_its_blend_are_those_of_that_name():
+    kinds = {"gating": GatingActor, "mcp": MCPActor, "pmoe": PMOEActor}
+    for policy, kind in kinds.items():
+        blend = ["blend=actions"] if policy == "gating" else []
+        actor, loss = built(f"policy={policy}", *blend, "num_experts=2")
+        assert type(actor) is kind
+        assert type(loss) is (PMOESACLoss if policy == "pmoe" else SACLoss)
+        if policy == "gating":
+            assert actor[0].module[-1].blend == "actions"
+
+
+@pytest.mark.parametrize("policy", ["pmoe", "gating", "mcp"])
+def test_the_router_reads_the_trunk_as_the_policy_needs_it_unless_said_otherwise(policy):
+    expected = "detached" if policy == "pmoe" else "shared"
+    assert built(f"policy={policy}")[0][0].module[0].reads == expected
+    for router in ("detached", "shared", "separate"):
+        assert built(f"policy={policy}", f"network.router={router}")[0][0].module[0].reads == router
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["routing=gumbel_softmax"], ("gradient", "gumbel_softmax", None, "mixture")),
+        (["routing=gumbel_softmax", "score=expert"], ("gradient", "gumbel_softmax", None, "expert")),
+        (["routing=score_function"], ("critic", "score_function", "routed", "mixture")),
+        (["routing=score_function", "backprop=max", "score=expert"], ("critic", "score_function", "max", "expert")),
+        (["policy=gating", "routing=score_function"], (None, None, None, None)),
+        ([], ("critic", "frequency", "max", "expert")),
+    ],
+    ids=str,
+)
+def test_a_routing_brings_what_goes_with_it(overrides, expected):
+    cfg = resolve(*overrides)
+    assert (cfg.scoring, cfg.routing, cfg.backprop, cfg.score) == expected
+
+
+def test_gumbel_softmax_reaches_the_distribution_with_its_options():
+    options = ["loss.temperature=0.3", "loss.straight_through=false", "loss.routing_coef=2"]
+    actor, loss = built("routing=gumbel_softmax", *options)
+    dist = actor.get_dist(TensorDict(observation=torch.zeros(2, 3), batch_size=2))
+    assert (dist.routing.value, dist.temperature, dist.straight_through) == ("gumbel_softmax", 0.3, False)
+    assert (dist.score, dist.routing_coef) == ("mixture", 2.0)
+    assert type(loss) is SACLoss
+
+
 def test_batches_default_to_one_step_of_every_environment():
     assert resolve("collector.env_per_collector=3").collector.frames_per_batch == 3
 
@@ -96,9 +197,13 @@ def test_batches_default_to_one_step_of_every_environment():
         ("num_experts=two", "an integer >= 1"),
         ("total_frames=-1", "an integer >= 1"),
         ("seed=-1", "an integer >= 0"),
-        ("policy=foo", "one of pmoe, gaussian"),
+        ("policy=foo", "one of pmoe, gaussian, gating, mcp"),
+        ("blend=x", "one of parameters, actions"),
+        ("loss.temperature=0", "a number > 0"),
+        ("loss.straight_through=1", "true or false"),
+        ("network.router=linear", "one of detached, shared, separate or null"),
         ("scoring=foo", "one of critic, gradient"),
-        ("routing=foo", "one of frequency, soft_frequency, marginal, none"),
+        ("routing=foo", "one of frequency, soft_frequency, gumbel_softmax, score_function, marginal, none"),
         ("backprop=foo", "one of max, all, routed, weighted"),
         ("score=foo", "one of mixture, expert"),
         ("preset=foo", "one of paper"),
@@ -126,10 +231,22 @@ def test_bad_value_is_named_with_what_is_allowed(override, allowed):
         (["policy=gaussian", "acting=best_of_experts"], "acting"),
         (["policy=gaussian", "preset=paper"], "preset"),
         (["preset=paper", "score=mixture"], "score"),
+        (["preset=paper", "routing=gumbel_softmax"], "routing"),
+        (["routing=gumbel_softmax", "scoring=critic"], "routing"),
+        (["routing=score_function", "scoring=gradient"], "routing"),
+        (["routing=gumbel_softmax", "backprop=max"], "backprop"),
+        (["routing=gumbel_softmax", "loss.straight_through=false", "score=expert"], "score"),
+        (["loss.straight_through=false"], "loss.straight_through"),
+        (["loss.temperature=0.5"], "loss.temperature"),
+        (["policy=mcp", "blend=actions"], "blend"),
+        (["policy=gating", "preset=paper"], "preset"),
+        (["policy=mcp", "preset=paper"], "preset"),
+        (["policy=gating", "acting=best_of_experts"], "acting"),
+        (["policy=mcp", "acting=best_of_experts"], "acting"),
     ],
 )
 def test_combination_that_does_not_exist_is_refused(overrides, key):
-    with pytest.raises(common.UsageError, match=f"^{re.escape(key)}="):
+    with pytest.raises(common.UsageError, match=rf"^{re.escape(key)}=.*: must be [^\n]*\Z"):
         resolve(*overrides)
 
 
@@ -156,8 +273,11 @@ def test_environment_that_cannot_be_run_is_refused(env, why, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "args", [["policy=foo"], ["total_frmaes=10"], ["env=CartPole-v1"], ["device=cuda:97"]], ids=lambda args: args[0]
-)
+    "args",
+    [["policy=foo"], ["total_frmaes=10"], ["env=CartPole-v1"], ["device=cuda:97"],
+     ["routing=gumbel_softmax", "scoring=critic"]],
+    ids=lambda args: args[0],
+)  # fmt: skip
 def test_bad_input_ends_in_one_line_with_status_2_and_leaves_nothing(args, tmp_path):
     done = start(*args, directory=tmp_path)
     assert_one_line(done, f"{args[0]}: ")

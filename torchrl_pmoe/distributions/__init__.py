@@ -1,6 +1,8 @@
 """Mixture distributions and the gradient estimators of their router."""
 
-from torchrl_pmoe.distributions.mixture import ExpertProposals, NormalMixture, TanhNormalMixture
+from torchrl_pmoe.distributions.mixture import NormalMixture
+from torchrl_pmoe.distributions.proposals import ExpertProposals
 from torchrl_pmoe.distributions.routing import RoutingGradient
+from torchrl_pmoe.distributions.tanh_mixture import TanhNormalMixture
 
 __all__ = ["ExpertProposals", "NormalMixture", "RoutingGradient", "TanhNormalMixture"]

@@ -29,8 +29,10 @@ __all__ = [
     "brier_loss",
     "check_routing",
     "frequency_log_prob",
+    "gumbel_softmax",
     "log_loss",
     "route_by_slope",
+    "score_function_loss",
     "soft_frequency",
     "wide",
 ]
@@ -63,14 +65,12 @@ def check_routing(
     routing: str | RoutingGradient,
     *,
     supported: Iterable[RoutingGradient],
-    planned: Iterable[RoutingGradient] = (),
     owner: str,
 ) -> RoutingGradient:
     """Turn ``routing`` into a member that ``owner`` supports.
 
     Raises:
         ValueError: if ``owner`` has no such routing gradient.
-        NotImplementedError: if it is planned and not built yet.
     """
     supported = tuple(supported)
     allowed = ", ".join(member.value for member in supported)
@@ -81,8 +81,6 @@ def check_routing(
             member = RoutingGradient(routing.lower() if isinstance(routing, str) else routing)
     except ValueError:
         raise ValueError(f"{owner}: routing={routing!r} is unknown; allowed: {allowed}.") from None
-    if member in tuple(planned):
-        raise NotImplementedError(f"{owner}: routing={member.value!r} is not built yet; available: {allowed}.")
     if member not in supported:
         raise ValueError(f"{owner}: routing={member.value!r} does not exist here; allowed: {allowed}.")
     return member
@@ -147,6 +145,27 @@ def log_loss(logits: Tensor, frequency: Tensor) -> Tensor:
         ``[*B]``.
     """
     return -(frequency.detach() * logits.log_softmax(-1)).sum(-1)
+
+
+def score_function_loss(logits: Tensor, cost: Tensor, index: Tensor) -> Tensor:
+    """Likelihood-ratio estimate of the gradient of ``sum_k w_k cost_k`` (the paper's score-ratio trick).
+
+    ``log w_z (cost_z - b)`` with the drawn expert ``z`` and the baseline ``b = sum_k w_k cost_k``, which does not
+    depend on ``z`` and so leaves the estimate unbiased.
+
+    Args:
+        logits: the router's, ``[*B, K]``.
+        cost: of every expert's proposal, ``[*M, *B, K]``, a constant.
+        index: expert drawn from the router, ``[*M, *B]``, int64.
+
+    Returns:
+        ``[*M, *B]``; only its gradient means something.
+    """
+    log_probs = logits.log_softmax(-1).expand(cost.shape)
+    baseline = (log_probs.detach().exp() * cost).sum(-1)
+    z = index.unsqueeze(-1)
+    gain = cost.detach().gather(-1, z).squeeze(-1) - baseline.detach()
+    return gain * log_probs.gather(-1, z).squeeze(-1)
 
 
 class _RouteBySlope(torch.autograd.Function):
@@ -253,3 +272,30 @@ def frequency_log_prob(log_prob: Tensor, logits: Tensor, log_joint: Tensor) -> T
         ``log_prob``, unchanged.
     """
     return _FrequencyLogProb.apply(log_prob, logits, log_joint)
+
+
+def gumbel_softmax(
+    logits: Tensor, sample_shape: torch.Size, *, temperature: float, straight_through: bool, coef: float = 1.0
+) -> Tensor:
+    """Draw of an expert that is differentiable in the logits (Jang et al. 2017; Maddison et al. 2017).
+
+    Args:
+        logits: the router's, ``[*B, K]``.
+        sample_shape: ``S``.
+        temperature: of the softmax; small ones come close to the draw of an expert, with gradients of high variance.
+        straight_through: put out the one-hot of the drawn expert with the gradient of the softmax (biased).
+        coef: factor on the gradient.
+
+    Returns:
+        Weights over the experts, ``[*S, *B, K]``; rows sum to one.
+    """
+    if coef != 1:
+        logits = logits.detach() + coef * (logits - logits.detach())
+    uniform = torch.rand((*sample_shape, *logits.shape), dtype=wide(logits).dtype, device=logits.device)
+    noise = -(-uniform.clamp_min(torch.finfo(uniform.dtype).tiny).log()).log()
+    perturbed = wide(logits).log_softmax(-1) + noise
+    soft = (perturbed / temperature).softmax(-1)
+    if straight_through:
+        # in this order the sum is the one-hot to the last bit
+        soft = best_proposal(perturbed.detach()) + (soft - soft.detach())
+    return soft.to(logits.dtype)

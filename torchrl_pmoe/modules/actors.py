@@ -10,114 +10,17 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
-from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
-from torchrl.modules import (
-    MLP,
-    IndependentNormal,
-    ProbabilisticActor,
-    SafeProbabilisticModule,
-    TanhNormal,
-)
+from torchrl.data import TensorSpec
+from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabilisticModule, TanhNormal
 
 from torchrl_pmoe.distributions import NormalMixture, TanhNormalMixture
-from torchrl_pmoe.modules.heads import ClampedExp, MixtureParamExtractor
+from torchrl_pmoe.distributions.proposals import take_expert
+from torchrl_pmoe.modules.networks import Chain, ExpertNetwork, SelectExpert, expert_chain
+from torchrl_pmoe.modules.specs import action_leaf, with_bounds
 
-__all__ = ["BestOfExpertsActor", "PMOEActor"]
+__all__ = ["BestOfExpertsActor", "ExpertsActor", "PMOEActor"]
 
 _PARAMS = ("logits", "loc", "scale")
-
-
-class _DefaultRouter(str):
-    """The default of ``router``, told apart from the same word given by a caller."""
-
-
-_DETACHED = _DefaultRouter("detached")
-
-
-class _ExpertNetwork(nn.Module):
-    """MLP trunk with a router and the experts' heads; puts out ``[..., K (2A + 1)]``."""
-
-    def __init__(
-        self,
-        num_experts: int,
-        action_size: int,
-        *,
-        in_features: int | None,
-        num_cells: Sequence[int],
-        activation_class: type[nn.Module],
-        router: Literal["detached", "shared", "separate"] | nn.Module,
-        state_dependent_scale: bool,
-        init: float,
-        loc_spread: float,
-        device: torch.device | str | None,
-    ) -> None:
-        super().__init__()
-
-        def trunk() -> nn.Module:
-            return MLP(
-                in_features=in_features,
-                out_features=num_cells[-1],
-                num_cells=list(num_cells[:-1]),
-                activation_class=activation_class,
-                activate_last_layer=True,
-                device=device,
-            )
-
-        def head(out_features: int) -> nn.Linear:
-            layer = nn.Linear(num_cells[-1], out_features, device=device)
-            nn.init.uniform_(layer.weight, -init, init)
-            nn.init.uniform_(layer.bias, -init, init)
-            return layer
-
-        experts = num_experts * action_size
-        self.trunk = trunk()
-        self.experts = head(2 * experts if state_dependent_scale else experts)
-        if loc_spread:
-            with torch.no_grad():
-                self.experts.bias[:experts].uniform_(-loc_spread, loc_spread)
-        self.log_scale = None if state_dependent_scale else nn.Parameter(torch.zeros(experts, device=device))
-        self.router: nn.Module
-        if isinstance(router, nn.Module):
-            self.router = router
-        elif router == "separate":
-            self.router = nn.Sequential(trunk(), head(num_experts))
-        else:
-            self.router = head(num_experts)
-        self.reads = router if isinstance(router, str) else "separate"
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        features = self.trunk(x)
-        if self.reads == "separate":
-            logits = self.router(x)
-        else:
-            logits = self.router(features.detach() if self.reads == "detached" else features)
-        experts = self.experts(features)
-        if self.log_scale is None:
-            return torch.cat((logits, experts), -1)
-        return torch.cat((logits, experts, self.log_scale.expand(experts.shape)), -1)
-
-
-class _Chain(nn.Sequential):
-    """``nn.Sequential`` whose first module may take several inputs."""
-
-    def forward(self, *inputs: Tensor) -> Any:
-        network, extractor = self
-        out = network(*inputs)
-        return extractor(*out) if isinstance(out, tuple) else extractor(out)
-
-
-class _SelectExpert(nn.Module):
-    """Loc and scale of one expert, from the inputs of the whole actor."""
-
-    def __init__(self, network: nn.Module, expert: int) -> None:
-        super().__init__()
-        self.network = network
-        self.expert = expert
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        _, loc, scale, *_ = self.network(*inputs)
-        return loc[..., self.expert, :], scale[..., self.expert, :]
 
 
 class _MixtureModule(SafeProbabilisticModule):
@@ -156,39 +59,51 @@ class _MixtureModule(SafeProbabilisticModule):
         return moved
 
 
-def _action_leaf(spec: TensorSpec, out_keys: Sequence[NestedKey] | None) -> tuple[TensorSpec, NestedKey, Composite]:
-    """The action's own spec, its key, and a composite that holds it alone."""
-    if out_keys is not None and len(out_keys) != 1:
-        raise ValueError(f"PMOEActor: out_keys must name one action, got {list(out_keys)}.")
-    if not isinstance(spec, Composite):
-        key = "action" if out_keys is None else out_keys[0]
-        return spec, key, Composite({key: spec})
-    leaves = list(spec.keys(True, True))
-    found = leaves if out_keys is None else [key for key in leaves if key == out_keys[0]]
-    if len(found) != 1:
-        raise ValueError(f"PMOEActor: spec must hold one action, got keys {leaves}.")
-    alone = spec.clone()
-    for key in leaves:
-        if key != found[0]:
-            del alone[key]
-    return spec[found[0]], found[0], alone
+class ExpertsActor(ProbabilisticActor):
+    """What the actors that are made of experts share; see :class:`PMOEActor`."""
+
+    num_experts: int
+
+    def _experts(self) -> nn.Module:
+        """From the inputs to logits, locs and scales: the network and its extractor, without what may follow."""
+        return Chain(*self[0].module[:2])
+
+    def expert(self, k: int) -> ProbabilisticActor:
+        """Actor that shares this one's parameters and follows expert ``k`` alone, as a ``TanhNormal``.
+
+        Raises:
+            IndexError: if there is no expert ``k``.
+        """
+        if not 0 <= k < self.num_experts:
+            raise IndexError(f"expert {k} is out of range for {self.num_experts} experts.")
+        head = self[-1]
+        bounded = issubclass(head.distribution_class, TanhNormalMixture | TanhNormal)
+        kwargs = {name: head.distribution_kwargs[name] for name in ("low", "high")} if bounded else {"tanh_loc": False}
+        return ProbabilisticActor(
+            TensorDictModule(SelectExpert(self._experts(), k), in_keys=self[0].in_keys, out_keys=["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            out_keys=head.dist_sample_keys,
+            spec=head.spec.clone(),
+            distribution_class=TanhNormal if bounded else IndependentNormal,
+            distribution_kwargs=kwargs,
+            return_log_prob=head.return_log_prob,
+            log_prob_key=head.log_prob_key,
+            default_interaction_type=head.default_interaction_type,
+        )
+
+    def router_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the built-in router, for an optimiser group of their own (``router_lr``).
+
+        Raises:
+            ValueError: if the actor was given a network of its own.
+        """
+        network = self[0].module[0]
+        if not isinstance(network, ExpertNetwork):
+            raise ValueError(f"{type(self).__name__}: only the built-in network has a router that can be told apart.")
+        return network.router.parameters()
 
 
-def _bounds(spec: TensorSpec) -> dict[str, float | Tensor]:
-    """``low`` and ``high`` of a bounded spec, as numbers where they are the same in every dimension."""
-    bounds: dict[str, float | Tensor] = {}
-    for name in ("low", "high"):
-        bound = getattr(spec.space, name).reshape(-1, spec.shape[-1])
-        if not bound.isfinite().all() or not (bound == bound[0]).all():
-            raise ValueError(
-                f"PMOEActor: the spec's {name} must be finite and the same for every action in a batch, "
-                f"got {bound.tolist()}."
-            )
-        bounds[name] = bound[0, 0].item() if (bound[0] == bound[0, 0]).all() else bound[0].clone()
-    return bounds
-
-
-class PMOEActor(ProbabilisticActor):
+class PMOEActor(ExpertsActor):
     """Actor whose policy is a mixture of Gaussian experts (PMOE, arXiv 2104.09122).
 
     Writes ``logits`` ``[*B, K]``, ``loc`` and ``scale`` ``[*B, K, A]`` and ``action`` ``[*B, A]``; with
@@ -207,9 +122,9 @@ class PMOEActor(ProbabilisticActor):
             built-in MLP.
         num_cells: hidden layers of the built-in MLP.
         activation_class: of the built-in MLP.
-        router: what the built-in router reads: ``"detached"`` features of the trunk (the authors' code), ``"shared"``
-            features with their gradient, ``"separate"`` for an MLP of its own, or a module from the inputs to ``K``
-            logits.
+        router: what the built-in router reads: ``"detached"`` features of the trunk (the authors' code, the default),
+            ``"shared"`` features with their gradient, ``"separate"`` for an MLP of its own, or a module from the
+            inputs to ``K`` logits.
         state_dependent_scale: ``False`` for one learned scale per expert and dimension.
         scale_mapping: positive map for the scale, a name or a callable.
         scale_lb: smallest scale.
@@ -247,7 +162,7 @@ class PMOEActor(ProbabilisticActor):
         network: nn.Module | None = None,
         num_cells: Sequence[int] = (256, 256),
         activation_class: type[nn.Module] = nn.ReLU,
-        router: Literal["detached", "shared", "separate"] | nn.Module = _DETACHED,  # type: ignore[assignment]
+        router: Literal["detached", "shared", "separate"] | nn.Module | None = None,
         state_dependent_scale: bool = True,
         scale_mapping: str | Callable[[Tensor], Tensor] | None = None,
         scale_lb: float = 0.0,
@@ -266,9 +181,7 @@ class PMOEActor(ProbabilisticActor):
             in_keys = [in_keys]
         if isinstance(out_keys, str):
             out_keys = [out_keys]
-        leaf, action_key, action_spec = _action_leaf(spec if device is None else spec.to(device), out_keys)
-        if not isinstance(leaf, Bounded | Unbounded) or not leaf.dtype.is_floating_point or not leaf.shape:
-            raise ValueError(f"PMOEActor: the action spec must be a box of floats, got {type(leaf).__name__}.")
+        leaf, action_key, action_spec = action_leaf("PMOEActor", spec if device is None else spec.to(device), out_keys)
         if not issubclass(distribution_class, NormalMixture):
             raise ValueError(
                 "PMOEActor: distribution_class must be NormalMixture or TanhNormalMixture, "
@@ -276,56 +189,35 @@ class PMOEActor(ProbabilisticActor):
             )
         if len(param_keys) != 3:
             raise ValueError(f"PMOEActor: param_keys must name logits, loc and scale, got {list(param_keys)}.")
-        distribution_kwargs = dict(distribution_kwargs or {})
-        if issubclass(distribution_class, TanhNormalMixture) and not {"low", "high"} <= distribution_kwargs.keys():
-            if not isinstance(leaf, Bounded):
-                raise ValueError(
-                    "PMOEActor: TanhNormalMixture needs a bounded action spec (NormalMixture takes an unbounded "
-                    f"one), got {type(leaf).__name__}."
-                )
-            distribution_kwargs = {**_bounds(leaf), **distribution_kwargs}
-
-        action_size = leaf.shape[-1]
-        extractor = MixtureParamExtractor(
-            num_experts,
-            ClampedExp() if scale_mapping is None else scale_mapping,
-            scale_lb,
-            floor=floor,
-            action_size=action_size,
-        )
-        if network is None:
-            if not isinstance(router, nn.Module) and router not in ("detached", "shared", "separate"):
-                raise ValueError(
-                    f"PMOEActor: router={router!r} is unknown; allowed: detached, shared, separate, or a module."
-                )
-            if len(num_cells) < 1:
-                raise ValueError("PMOEActor: num_cells must name at least one hidden layer.")
-            network = _ExpertNetwork(
-                num_experts,
-                action_size,
-                in_features=in_features,
-                num_cells=num_cells,
-                activation_class=activation_class,
-                router=router,
-                state_dependent_scale=state_dependent_scale,
-                init=head_init,
-                loc_spread=loc_spread,
-                device=device,
+        if issubclass(distribution_class, TanhNormalMixture):
+            distribution_kwargs = with_bounds(
+                "PMOEActor", leaf, distribution_kwargs, bounded="TanhNormalMixture", unbounded="NormalMixture"
             )
-        elif router is not _DETACHED:
-            raise ValueError("PMOEActor: router= belongs to the built-in network and cannot go with network=.")
-
-        module = TensorDictModule(
-            _Chain(network, extractor),
-            in_keys=list(in_keys),
-            out_keys=list(param_keys),
+        chain = expert_chain(
+            "PMOEActor",
+            num_experts,
+            leaf.shape[-1],
+            network=network,
+            in_features=in_features,
+            num_cells=num_cells,
+            activation_class=activation_class,
+            router=router,
+            default_router="detached",
+            state_dependent_scale=state_dependent_scale,
+            scale_mapping=scale_mapping,
+            scale_lb=scale_lb,
+            head_init=head_init,
+            floor=floor,
+            loc_spread=loc_spread,
+            device=device,
         )
+        module = TensorDictModule(chain, in_keys=list(in_keys), out_keys=list(param_keys))
         head = _MixtureModule(
             in_keys=dict(zip(_PARAMS, param_keys, strict=True)),
             out_keys=[action_key],
             spec=action_spec,
             distribution_class=distribution_class,
-            distribution_kwargs=distribution_kwargs,
+            distribution_kwargs=distribution_kwargs or {},
             return_log_prob=return_log_prob,
             log_prob_key=log_prob_key,
             default_interaction_type=default_interaction_type,
@@ -334,40 +226,6 @@ class PMOEActor(ProbabilisticActor):
         # ProbabilisticActor.__init__ builds TorchRL's own probabilistic module, with the other log-density
         super(ProbabilisticActor, self).__init__(module, head)
         self.num_experts = num_experts
-
-    def expert(self, k: int) -> ProbabilisticActor:
-        """Actor that shares this one's parameters and follows expert ``k`` alone, as a ``TanhNormal``.
-
-        Raises:
-            IndexError: if there is no expert ``k``.
-        """
-        if not 0 <= k < self.num_experts:
-            raise IndexError(f"expert {k} is out of range for {self.num_experts} experts.")
-        head = self[-1]
-        bounded = issubclass(head.distribution_class, TanhNormalMixture)
-        kwargs = {name: head.distribution_kwargs[name] for name in ("low", "high")} if bounded else {"tanh_loc": False}
-        return ProbabilisticActor(
-            TensorDictModule(_SelectExpert(self[0].module, k), in_keys=self[0].in_keys, out_keys=["loc", "scale"]),
-            in_keys=["loc", "scale"],
-            out_keys=head.dist_sample_keys,
-            spec=head.spec.clone(),
-            distribution_class=TanhNormal if bounded else IndependentNormal,
-            distribution_kwargs=kwargs,
-            return_log_prob=head.return_log_prob,
-            log_prob_key=head.log_prob_key,
-            default_interaction_type=head.default_interaction_type,
-        )
-
-    def router_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the built-in router, for an optimiser group of their own (``router_lr``).
-
-        Raises:
-            ValueError: if the actor was given a network of its own.
-        """
-        network = self[0].module[0]
-        if not isinstance(network, _ExpertNetwork):
-            raise ValueError("PMOEActor: only the built-in network has a router that can be told apart.")
-        return network.router.parameters()
 
 
 class BestOfExpertsActor(TensorDictModuleBase):
@@ -400,5 +258,4 @@ class BestOfExpertsActor(TensorDictModuleBase):
         kind = interaction_type() or self.actor[-1].default_interaction_type
         proposals = dist.propose().action if kind is InteractionType.RANDOM else dist.expert_mode
         best = self.score_proposals(tensordict, proposals).argmax(-1)
-        action = proposals.take_along_dim(best[..., None, None], -2).squeeze(-2)
-        return tensordict.set(self.action_key, action)
+        return tensordict.set(self.action_key, take_expert(proposals, best))

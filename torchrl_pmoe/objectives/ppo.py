@@ -42,7 +42,8 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         routing: what the router learns besides the surrogate: ``"frequency"``, the one-hot of the best proposal
             (Definition 3.1); ``"soft_frequency"``, its maximum-entropy counterpart at the temperature
             ``entropy_coeff`` (also with ``entropy_bonus=False``); ``"marginal"``,
-            ``sum_k w_k (entropy_coeff log pi(a_k) - Q(s, a_k))``; ``"none"``.
+            ``sum_k w_k (entropy_coeff log pi(a_k) - Q(s, a_k))``; ``"score_function"``, the likelihood-ratio estimate
+            of the same; ``"none"``.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` (the paper) or ``"log"``, for the two frequencies.
         num_proposals: draws of each expert, ``M``; frequencies and exponents average over them.
@@ -58,7 +59,6 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         ValueError: for a value that an option cannot have, ``functional=False``, or an actor whose distribution is not
             a mixture.
         TypeError: for an unknown option.
-        NotImplementedError: for ``routing="score_function"``, which is not built yet.
 
     Examples:
         >>> actor = PMOEActor(4, spec=Bounded(-1, 1, (6,)), in_features=17, return_log_prob=True)

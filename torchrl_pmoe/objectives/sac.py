@@ -28,7 +28,8 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
     Keyword Args:
         routing: what the router learns: ``"frequency"``, the one-hot of the best proposal (Definition 3.1);
             ``"soft_frequency"``, its maximum-entropy counterpart; ``"marginal"``, the soft objective enumerated over
-            the experts; ``"none"``.
+            the experts; ``"score_function"``, the likelihood-ratio estimate of the same with the router's mean as
+            baseline; ``"none"``.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` (the paper) or ``"log"``, for the two frequencies.
         backprop: the experts that the actor's loss flows through: ``"max"``, the best proposal (the paper's
@@ -44,7 +45,6 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
 
     Raises:
         ValueError: for an unknown option, SAC v1, or an actor whose distribution is not a mixture.
-        NotImplementedError: for ``routing="score_function"``, which is not built yet.
     """
 
     def __init__(

@@ -12,13 +12,14 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SACLoss
 
-from torchrl_pmoe.distributions.mixture import ExpertProposals, NormalMixture
+from torchrl_pmoe.distributions import ExpertProposals, NormalMixture
 from torchrl_pmoe.distributions.routing import (
     RoutingGradient,
     best_proposal,
     brier_loss,
     check_routing,
     log_loss,
+    score_function_loss,
     soft_frequency,
     wide,
 )
@@ -76,10 +77,10 @@ class CriticScoredLoss:
             supported=(
                 RoutingGradient.FREQUENCY,
                 RoutingGradient.SOFT_FREQUENCY,
+                RoutingGradient.SCORE_FUNCTION,
                 RoutingGradient.MARGINAL,
                 RoutingGradient.NONE,
             ),
-            planned=(RoutingGradient.SCORE_FUNCTION,),
             owner=name,
         )
         self.routing_coef = routing_coef
@@ -119,7 +120,7 @@ class CriticScoredLoss:
     @property
     def _needs_density(self) -> bool:
         """Whether the routing reads the proposals' log-densities."""
-        return self.routing in (RoutingGradient.SOFT_FREQUENCY, RoutingGradient.MARGINAL)
+        return self.routing not in (RoutingGradient.FREQUENCY, RoutingGradient.NONE)
 
     def _check_mixture(self, dist: Any, tensordict: TensorDictBase) -> None:
         if not isinstance(dist, NormalMixture):
@@ -159,15 +160,18 @@ class CriticScoredLoss:
     def _routing(self, scored: Scored) -> Tensor:
         """Routing loss ``[*B]`` before its coefficient."""
         dist, value, log_prob = scored
-        batch_dims = len(dist.batch_shape) + 1
+        draws = value.ndim > len(dist.batch_shape) + 1
 
         def over_draws(x: Tensor) -> Tensor:
-            return x.mean(0) if x.ndim > batch_dims else x
+            return x.mean(0) if draws else x
 
         if self.routing is RoutingGradient.NONE:
             return value.new_zeros(dist.batch_shape)
         if self.routing is RoutingGradient.MARGINAL:
             return (dist.probs * over_draws(self._temperature * log_prob - value)).sum(-1)
+        if self.routing is RoutingGradient.SCORE_FUNCTION:
+            index = dist.sample_expert(value.shape[:1] if draws else ())
+            return over_draws(score_function_loss(dist.logits, self._temperature * log_prob - value, index))
         if self.routing is RoutingGradient.FREQUENCY:
             frequency = over_draws(best_proposal(value))
         else:

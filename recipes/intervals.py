@@ -1,0 +1,86 @@
+"""What several seeds say together: interquartile means and probabilities of improvement, with bootstrap intervals.
+
+The estimates that Agarwal et al. (2021, *Deep Reinforcement Learning at the Edge of the Statistical Precipice*)
+recommend, on SciPy; the seed is the unit of the bootstrap.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A value between the ends of its interval; floats, or arrays of one shape."""
+
+    value: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def _interquartile_mean(samples: NDArray[np.float64], axis: int = 0) -> NDArray[np.float64]:
+    return stats.trim_mean(samples, 0.25, axis=axis)
+
+
+def interquartile_mean(samples: ArrayLike, seed: int = 0) -> Estimate:
+    """Mean of the middle half over the seeds, with its 95 % percentile-bootstrap interval.
+
+    Args:
+        samples: ``[seeds, ...]``, without nan.
+        seed: of the bootstrap.
+
+    Returns:
+        Arrays ``[...]``; one seed alone has no interval (nan).
+    """
+    samples = np.asarray(samples, dtype=np.float64)
+    value = _interquartile_mean(samples)
+    if len(samples) < 2:
+        return Estimate(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
+    found = stats.bootstrap(
+        (samples,),
+        _interquartile_mean,
+        axis=0,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, found.low, found.high)
+
+
+def _improvement(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    gap = np.moveaxis(x, axis, -1)[..., :, None] - np.moveaxis(y, axis, -1)[..., None, :]
+    return ((gap > 0) + 0.5 * (gap == 0)).mean((-2, -1))
+
+
+def probability_of_improvement(x: ArrayLike, y: ArrayLike, seed: int = 0) -> Estimate:
+    """``P(X > Y) + P(X = Y) / 2`` over pairs of seeds, with its 95 % percentile-bootstrap interval.
+
+    Args:
+        x: one value per seed.
+        y: one value per seed of the other.
+        seed: of the bootstrap.
+    """
+    pair = (np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64))
+    value = _improvement(*pair)
+    if min(map(len, pair)) < 2:
+        return Estimate(value, np.array(np.nan), np.array(np.nan))
+    found = stats.bootstrap(
+        pair,
+        _improvement,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, np.asarray(found.low), np.asarray(found.high))

@@ -1,0 +1,326 @@
+"""Who uses the routes: several policies on the target-reaching task, several seeds each.
+
+    python recipes/target_reaching.py
+
+Trains SAC with every policy that ``policies`` names, lets each act, and draws what they did. Run again with the same
+``hydra.run.dir``, it goes on with what is not finished. Every key is in ``recipes/config/target_reaching.yaml``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import common
+import hydra
+import numpy as np
+import routes_report
+import runs
+import sac_pmoe
+import torch
+from common import UsageError
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rules import Rule, choice, integer
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.modules import ProbabilisticActor
+from tqdm import tqdm
+
+from torchrl_pmoe import NormalMixture, PMOEActor
+from torchrl_pmoe.distributions.proposals import take_expert
+from torchrl_pmoe.envs import BatchedTargetReachingEnv
+
+POLICIES: dict[str, dict[str, str]] = {
+    "gaussian": {"policy": "gaussian"},
+    "gating": {"policy": "gating"},
+    "mcp": {"policy": "mcp"},
+    "pmoe_all": {"routing": "frequency", "backprop": "all", "score": "mixture"},
+    "pmoe_max": {"routing": "frequency", "backprop": "max", "score": "mixture"},
+    "pmoe": {},
+    "pmoe_soft": {"routing": "soft_frequency", "backprop": "weighted", "score": "mixture"},
+}
+"""The policies by name: what each sets in a config of ``sac_pmoe.py``."""
+SET_BY_POLICIES = ("preset", "scoring", "routing", "backprop", "score", "acting")
+ENV = "PMOE/TargetReaching-v0"
+
+
+def names() -> Rule:
+    """A list of policies, each once."""
+
+    def parse(value: Any) -> list[str]:
+        if not isinstance(value, list) or not value or len(set(value)) < len(value):
+            raise ValueError
+        return [choice(*POLICIES).parse(name) for name in value]
+
+    return Rule(f"a list of {', '.join(POLICIES)}, each once", parse)
+
+
+OWN_RULES: dict[str, Rule] = {
+    "env": choice(ENV),
+    "policies": names(),
+    "num_seeds": integer(1),
+    "num_workers": integer(1),
+    "episodes": integer(10),
+    "exploration_frames": integer(1),
+}
+RULES: dict[str, Rule] = {**sac_pmoe.RULES, **OWN_RULES}
+OWN_KEYS = [key for key in OWN_RULES if key not in sac_pmoe.RULES]
+
+
+# --------------------------------------------------------------------------------------------- config
+
+
+def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Check the config; the resolved config of every run by its name."""
+    common.check_config(cfg, RULES)
+    if cfg.policy != "pmoe":
+        raise UsageError(f"policy={cfg.policy}: must be named in policies")
+    common.refuse(
+        cfg,
+        {
+            **{
+                key: (OmegaConf.select(cfg, key) is not None, "null, each of policies has its own")
+                for key in SET_BY_POLICIES
+            },
+            "collector.env_per_collector": (
+                cfg.exploration_frames % cfg.collector.env_per_collector != 0,
+                f"a divisor of exploration_frames={cfg.exploration_frames}",
+            ),
+            "exploration_frames": (
+                cfg.exploration_frames > cfg.total_frames,
+                f"at most total_frames={cfg.total_frames}",
+            ),
+            "replay_buffer.size": (
+                cfg.replay_buffer.size < cfg.total_frames + cfg.collector.env_per_collector,
+                f"above total_frames={cfg.total_frames}: the first frames are read from it at the end",
+            ),
+            "blend": (
+                cfg.blend != "parameters" and "gating" not in cfg.policies,
+                "parameters where policies has no gating",
+            ),
+        },
+    )
+    make_env(cfg, 1)
+    configs = {}
+    for name in cfg.policies:
+        for seed in range(cfg.seed, cfg.seed + cfg.num_seeds):
+            run = cfg.copy()
+            OmegaConf.set_struct(run, False)
+            for key in OWN_KEYS:
+                run.pop(key)
+            run.update(POLICIES[name])
+            run.seed = seed
+            if run.policy != "gating":
+                run.blend = "parameters"
+            sac_pmoe.resolve_config(run)
+            configs[f"{name}-seed{seed}"] = run
+    return configs
+
+
+def make_env(cfg: DictConfig, num_envs: int) -> BatchedTargetReachingEnv:
+    """The task for several agents at once, seeded."""
+    try:
+        kwargs: Any = OmegaConf.to_container(cfg.env_kwargs)
+        return BatchedTargetReachingEnv(num_envs, seed=cfg.seed, device=cfg.device, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"env_kwargs: {' '.join(str(error).split())}") from error
+
+
+# ------------------------------------------------------------------------------------------ episodes
+
+
+Act = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From observations ``[N, 4]`` to actions ``[N, 2]``, the expert behind each and its log-density ``[N]``."""
+
+
+def acting(actor: ProbabilisticActor, kind: str) -> Act:
+    """How the policy acts; log-densities are the policy's own.
+
+    Args:
+        actor: the policy.
+        kind: ``"stochastic"``, ``"deterministic"`` (of a mixture the expert of largest weight, its squashed loc) or
+            ``"drawn"`` (of a mixture a drawn expert's squashed loc).
+    """
+
+    def act(observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        states = TensorDict({"observation": observation}, observation.shape[:1])
+        dist = actor.get_dist(states)
+        nobody = torch.zeros(len(observation), dtype=torch.int64)
+        if not isinstance(dist, NormalMixture):
+            action = dist.sample() if kind == "stochastic" else dist.deterministic_sample
+            index = nobody
+        elif kind == "deterministic":
+            action, index = dist.deterministic_sample, dist.logits.argmax(-1)
+        else:
+            index = dist.sample_expert()
+            action = (
+                dist.propose().select_action(index) if kind == "stochastic" else take_expert(dist.expert_mode, index)
+            )
+        return action, index, dist.log_prob(action)
+
+    return act
+
+
+def expert_acting(actor: PMOEActor, expert: int) -> Act:
+    """How one expert acts alone, with its noise."""
+    alone = actor.expert(expert)
+
+    def act(observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        states = TensorDict({"observation": observation}, observation.shape[:1])
+        dist = alone.get_dist(states)
+        action = dist.sample()
+        return action, torch.full((len(observation),), expert), dist.log_prob(action)
+
+    return act
+
+
+@torch.no_grad()
+def roll(env: BatchedTargetReachingEnv, act: Act, seed: int) -> dict[str, np.ndarray]:
+    """One episode of every agent.
+
+    Returns:
+        ``path`` ``[N, T + 1, 2]``, nan after the end; ``expert`` ``[N, T]``, -1 after the end; ``success`` ``[N]``;
+        ``start`` ``[N]``, numbered by place; ``log_prob`` ``[N, T]``, nan after the end.
+    """
+    env.set_seed(seed)
+    with runs.isolated_rng(seed):
+        td = env.reset()
+        number = len(td)
+        running = torch.ones(number, dtype=torch.bool, device=env.device)
+        success = torch.zeros_like(running)
+        paths, experts, log_probs = [env.position.clone()], [], []
+        while running.any():
+            action, index, log_prob = act(td["observation"])
+            td = env.step(td.set("action", action))["next"]
+            paths.append(torch.where(running.unsqueeze(-1), env.position, torch.nan))
+            experts.append(torch.where(running, index.to(env.device), -1))
+            log_probs.append(torch.where(running, log_prob, torch.nan))
+            success |= running & td["terminated"].squeeze(-1)
+            running = running & ~td["done"].squeeze(-1)
+    path = torch.stack(paths, 1).cpu().numpy()
+    _, start = np.unique(path[:, 0], axis=0, return_inverse=True)
+    return {
+        "path": path,
+        "expert": torch.stack(experts, 1).cpu().numpy().astype(np.int8),
+        "success": success.cpu().numpy(),
+        "start": start.reshape(-1),
+        "log_prob": torch.stack(log_probs, 1).cpu().numpy(),
+    }
+
+
+def record_episodes(cfg: DictConfig, actor: ProbabilisticActor, episodes: int) -> dict[str, Any]:
+    """What the trained policy does from the fixed starts: episodes of each kind, and of each expert alone."""
+    cfg = cfg.copy()
+    cfg.env_kwargs.start = "fixed"  # routes are counted start by start
+    env = make_env(cfg, episodes)
+    seed = cfg.seed + 3_000_000
+    recorded: dict[str, Any] = {}
+    mixture = isinstance(actor, PMOEActor)
+    for kind in ("stochastic", "deterministic", *(("drawn",) if mixture else ())):
+        recorded.update({f"{kind}_{key}": value for key, value in roll(env, acting(actor, kind), seed).items()})
+    recorded["entropy"] = -np.nanmean(recorded["stochastic_log_prob"][:, : routes_report.ENTROPY_STEPS])
+    if mixture:
+        env = make_env(cfg, 10)
+        for expert in range(cfg.num_experts):
+            found = roll(env, expert_acting(actor, expert), seed)
+            recorded.update({f"alone{expert}_{key}": value for key, value in found.items()})
+    return recorded
+
+
+# ------------------------------------------------------------------------------------------- trainings
+
+
+def train(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: int) -> None:
+    """One training, and the record of its episodes and of the places it explored."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    common.prepare_torch(cfg)
+    trained = sac_pmoe.train(cfg, run_dir, make_env(cfg, cfg.collector.env_per_collector))
+    visited = trained.buffer[:exploration_frames]["next", "observation"][:, :2].numpy()
+    recorded = record_episodes(cfg, trained.actor, episodes)
+    part = run_dir / "episodes.part.npz"
+    np.savez_compressed(part, visited=visited, **recorded)
+    part.replace(run_dir / "episodes.npz")
+
+
+def finished(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: int) -> bool:
+    """Whether a run is done.
+
+    Raises:
+        UsageError: if it was done with another config.
+    """
+    if not (run_dir / "episodes.npz").is_file():
+        return False
+    before = OmegaConf.load(run_dir / "config.yaml")
+    for key in RULES:
+        then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
+        if then != now and not key.startswith(("logger.progress_bar", "device", "optim.num_threads")):
+            raise UsageError(f"{key}={now}: must be {then} in {run_dir.parent}, where {run_dir.name} had that")
+    with np.load(run_dir / "episodes.npz") as record:
+        had = {"episodes": len(record["stochastic_success"]), "exploration_frames": len(record["visited"])}
+    for key, now in (("episodes", episodes), ("exploration_frames", exploration_frames)):
+        if had[key] != now:
+            raise UsageError(f"{key}={now}: must be {had[key]} in {run_dir.parent}, where {run_dir.name} had that")
+    return True
+
+
+def _leave_interrupts_alone() -> None:
+    """In a worker: an interrupt is the parent's, whose SIGTERM ends the job and not the process with its locks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+
+
+def train_all(cfg: DictConfig, configs: dict[str, DictConfig], directory: Path) -> None:
+    """Train what is not finished, ``num_workers`` at a time."""
+    args = (cfg.episodes, cfg.exploration_frames)
+    todo = {name: run for name, run in configs.items() if not finished(run, directory / name, *args)}
+    parallel = cfg.num_workers > 1
+    for run in todo.values():
+        run.logger.progress_bar = cfg.logger.progress_bar and not parallel
+    finished_before = len(configs) - len(todo)
+    if not parallel:
+        for place, (name, run) in enumerate(todo.items(), finished_before + 1):
+            print(f"run {place} of {len(configs)}: {name}")
+            train(run, directory / name, *args)
+        return
+    context = multiprocessing.get_context("spawn")
+    with (
+        tqdm(total=len(configs), initial=finished_before, unit="run", disable=not cfg.logger.progress_bar) as bar,
+        ProcessPoolExecutor(cfg.num_workers, context, initializer=_leave_interrupts_alone) as pool,
+    ):
+        waiting = [(run, directory / name, *args) for name, run in todo.items()]
+        try:
+            jobs = {pool.submit(train, *job) for job in waiting[: cfg.num_workers]}
+            del waiting[: cfg.num_workers]
+            while jobs:
+                done, jobs = wait(jobs, return_when=FIRST_COMPLETED)
+                for job in done:
+                    job.result()
+                    bar.update()
+                    if waiting:
+                        jobs.add(pool.submit(train, *waiting.pop(0)))
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="target_reaching")
+def main(cfg: DictConfig) -> None:
+    """Check the config, train, draw."""
+    with common.one_line_errors():
+        configs = resolve_config(cfg)
+        directory = Path(HydraConfig.get().runtime.output_dir)
+        common.prepare_torch(cfg)
+        train_all(cfg, configs, directory)
+        task = make_env(cfg, 1).task
+        print(routes_report.report(directory, list(configs), task, cfg.exploration_frames))
+
+
+if __name__ == "__main__":
+    common.launch(main, RULES)

@@ -1,0 +1,245 @@
+"""The target-reaching recipe as a user starts it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import recipe_runs
+import torch
+from hydra import compose, initialize_config_dir
+from recipe_runs import RECIPES, assert_one_line, common
+
+sys.path.insert(0, str(RECIPES / "benchmarks"))
+
+import matched_routes  # isort: skip
+import routes_report  # isort: skip
+import sac_pmoe  # isort: skip
+import target_reaching  # isort: skip
+
+start = partial(recipe_runs.start, "target_reaching")
+
+SMALL = [
+    "total_frames=480",
+    "exploration_frames=400",
+    "episodes=12",
+    "num_experts=3",
+    "network.hidden_sizes=[16,16]",
+    "optim.batch_size=16",
+    "collector.init_random_frames=200",
+    "logger.eval_interval=240",
+    "logger.eval_episodes=2",
+    "hydra.run.dir=run",
+]
+PICTURES = ["trajectories", "experts", "exploration", "learning_curves", "routes"]
+
+
+def configs(*overrides: str) -> dict:
+    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
+        cfg = compose("target_reaching", overrides=list(overrides))
+    return target_reaching.resolve_config(cfg)
+
+
+@pytest.fixture(scope="module")
+def two_policies(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    directory = tmp_path_factory.mktemp("reach")
+    args = [*SMALL, "policies=[gaussian,pmoe_soft]", "num_seeds=2", "num_workers=2"]
+    return directory / "run", start(*args, directory=directory)
+
+
+def test_run_leaves_tables_and_pictures(two_policies):
+    run, done = two_policies
+    assert done.returncode == 0, done.stderr
+    assert "| gaussian |" in done.stdout
+    for name in PICTURES:
+        assert (run / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    data = pd.read_csv(run / "routes.csv")
+    kinds = {(policy, kind): len(part) for (policy, kind), part in data.groupby(["policy", "kind"])}
+    assert kinds == {
+        ("gaussian", "stochastic"): 2,
+        ("gaussian", "deterministic"): 2,
+        ("pmoe_soft", "stochastic"): 2,
+        ("pmoe_soft", "deterministic"): 2,
+        ("pmoe_soft", "drawn"): 2,
+    }
+    assert data["success"].between(0, 1).all()
+    assert np.isfinite(data["entropy"]).all()
+
+
+def test_every_policy_warms_up_with_the_same_random_actions_and_every_seed_with_others(two_policies):
+    run, _ = two_policies
+
+    def warm_up(name: str) -> np.ndarray:
+        return np.load(run / name / "episodes.npz")["visited"][:200]
+
+    np.testing.assert_array_equal(warm_up("gaussian-seed0"), warm_up("pmoe_soft-seed0"))
+    assert (warm_up("gaussian-seed0") != warm_up("gaussian-seed1")).any()
+
+
+def test_episodes_follow_the_dynamics_and_name_their_experts(two_policies):
+    run, _ = two_policies
+    record = np.load(run / "pmoe_soft-seed0" / "episodes.npz")
+    path, expert = record["stochastic_path"], record["stochastic_expert"]
+    steps = np.abs(np.diff(path, axis=1))
+    assert np.nanmax(steps) <= 0.1 + 1e-6
+    assert ((expert >= 0) == ~np.isnan(path[:, 1:, 0])).all()
+    assert set(np.unique(expert)) <= {-1, 0, 1, 2}
+    for k in range(3):
+        alone = record[f"alone{k}_expert"]
+        assert set(np.unique(alone[alone >= 0])) == {k}
+
+
+def test_a_second_start_trains_nothing_again_and_adds_what_is_asked(two_policies):
+    run, _ = two_policies
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*/episodes.npz")}
+    args = [*SMALL, "policies=[gaussian,pmoe_soft,mcp]", "num_seeds=1"]
+    done = start(*args, directory=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert "mcp-seed0" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (run / "mcp-seed0" / "episodes.npz").is_file()
+
+
+def test_another_config_in_the_same_folder_is_refused(two_policies):
+    run, _ = two_policies
+    done = start(*SMALL, "policies=[gaussian]", "optim.lr=0.1", directory=run.parent)
+    assert_one_line(done, "optim.lr=0.1: must be 0.001 in ")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("episodes=20", "episodes=20: must be 12 in "),
+        ("exploration_frames=480", "exploration_frames=480: must be 400 in "),
+    ],
+)
+def test_other_records_in_the_same_folder_are_refused(two_policies, override, line):
+    run, _ = two_policies
+    cfg = configs(*SMALL[:-1], "policies=[gaussian]", override)["gaussian-seed0"]
+    asked = {"episodes": 12, "exploration_frames": 400} | {key: int(value) for key, value in [override.split("=")]}
+    with pytest.raises(common.UsageError) as error:
+        target_reaching.finished(cfg, run / "gaussian-seed0", **asked)
+    assert str(error.value).startswith(line)
+
+
+def test_entropy_is_that_of_agents_still_on_their_way():
+    env = target_reaching.make_env(next(iter(configs("policies=[gaussian]").values())), 2)
+
+    def act(observation):
+        # straight up, then over the disc and down into the target: the agents arrive, log-densities say when
+        x, y = observation[:, :1], observation[:, 1:2]
+        up, right = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        action = torch.where((y < 0.5) & (x < 0), up, torch.where(x < 0.7, right, -up))
+        return action, torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), 2.0)
+
+    found = target_reaching.roll(env, act, seed=0)
+    assert found["success"].all()
+    steps = (found["expert"] >= 0).sum(1)
+    assert (np.isfinite(found["log_prob"]).sum(1) == steps).all()
+    assert steps.max() < 40
+
+
+def test_routes_start_where_the_task_says_even_if_training_starts_anywhere(tmp_path):
+    cfg = configs("policies=[gaussian]", "env_kwargs.start=random", "network.hidden_sizes=[8]")["gaussian-seed0"]
+    env = target_reaching.make_env(cfg, 1)
+    actor = sac_pmoe.build_actor(cfg, env.action_spec_unbatched, 4)
+    recorded = target_reaching.record_episodes(cfg, actor, 5)
+    assert (recorded["stochastic_path"][:, 0] == recorded["stochastic_path"][0, 0]).all()
+    assert cfg.env_kwargs.start == "random"
+
+
+def test_each_policy_is_what_its_name_says():
+    runs = configs("policies=[gaussian,gating,mcp,pmoe_all,pmoe_max,pmoe,pmoe_soft]", "num_seeds=2", "seed=5")
+    assert len(runs) == 14
+    found = {name: (cfg.policy, cfg.routing, cfg.backprop, cfg.score) for name, cfg in runs.items() if "seed5" in name}
+    assert found == {
+        "gaussian-seed5": ("gaussian", None, None, None),
+        "gating-seed5": ("gating", None, None, None),
+        "mcp-seed5": ("mcp", None, None, None),
+        "pmoe_all-seed5": ("pmoe", "frequency", "all", "mixture"),
+        "pmoe_max-seed5": ("pmoe", "frequency", "max", "mixture"),
+        "pmoe-seed5": ("pmoe", *(sac_pmoe.DEFAULTS[key] for key in ("routing", "backprop", "score"))),
+        "pmoe_soft-seed5": ("pmoe", "soft_frequency", "weighted", "mixture"),
+    }
+    assert {cfg.seed for cfg in runs.values()} == {5, 6}
+    assert {cfg.env_kwargs.layout for cfg in runs.values()} == {"one"}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("policies=[gaussian,bang]", "policies=['gaussian', 'bang']: must be a list of gaussian, "),
+        ("policies=[pmoe,pmoe]", "policies=['pmoe', 'pmoe']: must be a list of "),
+        ("policy=gating", "policy=gating: must be named in policies"),
+        ("routing=marginal", "routing=marginal: must be null, each of policies has its own"),
+        ("env=Pendulum-v1", "env=Pendulum-v1: must be one of PMOE/TargetReaching-v0"),
+        ("env_kwargs.layout=five", "env_kwargs: TargetReachingTask: layout"),
+        ("+env_kwargs.bang=1", "env_kwargs: "),
+        ("exploration_frames=30000", "exploration_frames=30000: must be at most total_frames=20000"),
+        ("replay_buffer.size=20000", "replay_buffer.size=20000: must be above total_frames=20000"),
+        ("loss.temperature=0.5", "loss.temperature=0.5: must be 1 with routing="),
+        ("env_kwargs.reward=5", "env_kwargs: TargetReachingTask: reward"),
+        ("+env_kwargs.max_step=a", "env_kwargs: TargetReachingTask: max_step must be a finite number"),
+        ("collector.env_per_collector=7", "collector.env_per_collector=7: must be a divisor of exploration_frames"),
+        ("num_workers=0", "num_workers=0: must be an integer >= 1"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(override, line):
+    with pytest.raises(common.UsageError) as error:
+        configs(override)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_cells_count_each_square_once():
+    visited = np.array([[-1.0, -1.0], [-0.99, -0.99], [0.99, 0.99], [1.0, 1.0], [-1.0, -1.0], [0.05, 0.05]])
+    assert routes_report.cells_over_frames(visited).tolist() == [1, 1, 2, 2, 2, 3]
+
+
+def test_routes_are_counted_over_successful_episodes_alone():
+    task = target_reaching.make_env(next(iter(configs("policies=[gaussian]").values())), 1).task
+    above = np.array([[-0.8, 0.0], [-0.4, 0.6], [0.4, 0.6], [0.8, 0.05]])
+    below = above * [1, -1]
+    lost = np.array([[-0.8, 0.0], [-0.9, 0.0], [-0.9, 0.5], [-0.9, -0.5]])
+    record = {
+        "stochastic_path": np.stack([above, below, above, below, lost, lost]),
+        "stochastic_success": np.array([True, True, True, True, False, False]),
+        "stochastic_start": np.zeros(6, dtype=int),
+    }
+    row = routes_report.route_row(record, "stochastic", task)
+    assert row == {"success": pytest.approx(4 / 6), "routes": 2.0, "effective_routes": pytest.approx(2.0)}
+    record["stochastic_success"][:] = False
+    assert routes_report.route_row(record, "stochastic", task) == {
+        "success": 0.0, "routes": 0.0, "effective_routes": 0.0,
+    }  # fmt: skip
+
+
+def test_each_policy_is_matched_with_the_gaussian_of_the_nearest_entropy(tmp_path):
+    def file(name: str, **entropies: float) -> Path:
+        rows = [
+            {"policy": policy, "seed": seed, "kind": "stochastic", "success": 1.0, "entropy": entropy + 0.01 * seed,
+             "effective_routes": 2.0 if policy == "pmoe" else entropy}
+            for policy, entropy in entropies.items() for seed in range(4)
+        ]  # fmt: skip
+        pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
+        return tmp_path / name
+
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    # every run calls its file the same
+    files = [
+        file("a/routes.csv", gaussian=0.2, pmoe=1.0),
+        file("b/routes.csv", gaussian=0.9, gating=0.9),
+        file("c/routes.csv", gaussian=-2),
+    ]
+    text = matched_routes.main([*map(str, files), "--out", str(tmp_path / "x.png")])
+    (row,) = [line for line in text.splitlines() if line.startswith("| pmoe")]
+    assert "gating" not in text
+    assert row.split("|")[5].startswith(" 0.9")
+    assert row.split("|")[8].strip() == "1.00 [1.00, 1.00]"
+    assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,0 +1,120 @@
+"""One draw of every expert of a mixture: scored, selected from, or both."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchrl_pmoe.distributions.routing import wide
+
+if TYPE_CHECKING:
+    from torchrl_pmoe.distributions.mixture import NormalMixture
+
+__all__ = ["LOG_SQRT_2PI", "ExpertProposals", "take_expert"]
+
+LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def take_expert(x: Tensor, index: Tensor) -> Tensor:
+    """``x[..., index, :]`` for ``x`` ``[*B, K, A]`` and ``index`` ``[*B]``."""
+    shape = torch.broadcast_shapes(x.shape[:-2], index.shape)
+    index = index.expand(shape)[..., None, None].expand(*shape, 1, x.shape[-1])
+    return x.expand(*shape, *x.shape[-2:]).gather(-2, index).squeeze(-2)
+
+
+class ExpertProposals:
+    """One reparameterised draw of every expert of a mixture, and its densities.
+
+    Made by :meth:`NormalMixture.propose`. Densities are taken at the latent draw, not at the rounded action.
+
+    Args:
+        dist: the mixture.
+        noise: standard normal, ``[*S, *B, K, A]``.
+    """
+
+    def __init__(self, dist: NormalMixture, noise: Tensor) -> None:
+        self.dist = dist
+        self.noise = noise
+        self.step = dist.scale * noise
+        self.latent = dist.loc + self.step
+
+    @property
+    def action(self) -> Tensor:
+        """The proposed actions, ``[*S, *B, K, A]``."""
+        return self.dist._squash(self.latent)
+
+    def expert_log_prob(self) -> Tensor:
+        """Log-density of each proposal under the expert that made it, ``[*S, *B, K]``."""
+        dist = self.dist
+        # the noise itself is the standardised draw: exact where loc swallows a small scale
+        log_normal = -(0.5 * wide(self.noise).square() + wide(dist.scale).log()).sum(-1)
+        log_det = dist._log_abs_det(wide(self.latent))
+        return (log_normal - dist.event_shape[0] * LOG_SQRT_2PI - log_det).to(dist.loc.dtype)
+
+    def mixture_log_prob(self, *, detach_weights: bool = True) -> Tensor:
+        """Log-density of each proposal under the whole mixture, ``[*S, *B, K]``."""
+        dist = self.dist
+        loc = wide(dist.loc)
+        # u_k - loc_j as (loc_k - loc_j) + step_k: exact for j = k where loc swallows a small scale
+        offset = (loc.unsqueeze(-2) - loc.unsqueeze(-3)) + wide(self.step).unsqueeze(-2)
+        log_weight = wide(dist.logits).log_softmax(-1)
+        if detach_weights:
+            log_weight = log_weight.detach()
+        scale = wide(dist.scale).unsqueeze(-3)
+        log_normal = -(0.5 * (offset / scale).square() + scale.log()).sum(-1)
+        log_mixture = (log_weight.unsqueeze(-2) + log_normal).logsumexp(-1)
+        log_det = dist._log_abs_det(wide(self.latent))
+        return (log_mixture - dist.event_shape[0] * LOG_SQRT_2PI - log_det).to(dist.loc.dtype)
+
+    def log_prob(self) -> Tensor:
+        """The log-density that the mixture's ``score`` names, ``[*S, *B, K]``, with detached weights."""
+        return self.mixture_log_prob() if self.dist.score == "mixture" else self.expert_log_prob()
+
+    def select_action(self, index: Tensor) -> Tensor:
+        """Action of expert ``index`` ``[*S, *B]``, ``[*S, *B, A]``."""
+        return self.dist._squash(take_expert(self.latent, index))
+
+    def select(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Action of expert ``index`` ``[*S, *B]`` and the log-density that ``score`` names.
+
+        Returns:
+            The action ``[*S, *B, A]`` and its log-density ``[*S, *B]``, with detached weights.
+        """
+        dist = self.dist
+        if dist.score == "mixture":
+            return self._score(take_expert(dist.loc, index), take_expert(self.step, index))
+        latent = take_expert(self.latent, index)
+        noise, scale = take_expert(self.noise, index), take_expert(dist.scale, index)
+        log_density = -(0.5 * wide(noise).square() + wide(scale).log()).sum(-1)
+        log_density = log_density - dist.event_shape[0] * LOG_SQRT_2PI
+        log_prob = (log_density - dist._log_abs_det(wide(latent))).to(dist.loc.dtype)
+        return dist._squash(latent), log_prob
+
+    def combine(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Action of the weighted sum of the latent draws and the log-density that ``score`` names.
+
+        Args:
+            weights: over the experts, ``[*S, *B, K]``, differentiable; one-hot, they are a selection.
+
+        Returns:
+            The action ``[*S, *B, A]`` and its log-density ``[*S, *B]``: the mixture's at that action, with detached
+            weights inside, or for ``score="expert"`` the weighted sum of the experts' own at their own draws.
+        """
+        dist, share = self.dist, weights.unsqueeze(-1)
+        loc, step = (share * dist.loc).sum(-2), (share * self.step).sum(-2)
+        if dist.score == "mixture":
+            return self._score(loc, step)
+        return dist._squash(loc + step), (weights * self.expert_log_prob()).sum(-1)
+
+    def _score(self, loc: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Action of ``loc + step`` ``[*S, *B, A]`` and the mixture's log-density there."""
+        dist = self.dist
+        latent = loc + step
+        offset = (wide(loc).unsqueeze(-2) - wide(dist.loc)) + wide(step).unsqueeze(-2)
+        log_weight = wide(dist.logits).log_softmax(-1).detach()
+        log_density = (log_weight + dist._normal_log_density(offset)).logsumexp(-1)
+        log_prob = (log_density - dist._log_abs_det(wide(latent))).to(dist.loc.dtype)
+        return dist._squash(latent), log_prob

@@ -1,0 +1,12 @@
+"""Environments: the paper's target-reaching task, for Gymnasium and as a batched TorchRL environment.
+
+Importing this package registers ``PMOE/TargetReaching-v0`` with Gymnasium.
+"""
+
+from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
+from torchrl_pmoe.envs.geometry import TargetReachingTask
+from torchrl_pmoe.envs.target_reaching import TargetReachingEnv, register
+
+__all__ = ["BatchedTargetReachingEnv", "TargetReachingEnv", "TargetReachingTask"]
+
+register()

@@ -1,0 +1,84 @@
+"""What an actor reads off the spec of its action."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensordict import NestedKey
+from torch import Tensor
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+
+__all__ = ["action_leaf", "box_of_floats", "with_bounds"]
+
+
+def action_leaf(
+    owner: str, spec: TensorSpec, out_keys: Sequence[NestedKey] | None
+) -> tuple[TensorSpec, NestedKey, Composite]:
+    """The action's own spec, its key, and a composite that holds it alone.
+
+    Raises:
+        ValueError: if ``spec`` holds no action or several, or the action is not a box of floats.
+    """
+    if out_keys is not None and len(out_keys) != 1:
+        raise ValueError(f"{owner}: out_keys must name one action, got {list(out_keys)}.")
+    if not isinstance(spec, Composite):
+        key = "action" if out_keys is None else out_keys[0]
+        return box_of_floats(owner, spec), key, Composite({key: spec})
+    leaves = list(spec.keys(True, True))
+    found = leaves if out_keys is None else [key for key in leaves if key == out_keys[0]]
+    if len(found) != 1:
+        raise ValueError(f"{owner}: spec must hold one action, got keys {leaves}.")
+    alone = spec.clone()
+    for key in leaves:
+        if key != found[0]:
+            del alone[key]
+    return box_of_floats(owner, spec[found[0]]), found[0], alone
+
+
+def box_of_floats(owner: str, leaf: TensorSpec) -> TensorSpec:
+    """``leaf`` itself.
+
+    Raises:
+        ValueError: if it is not a box of floats.
+    """
+    if not isinstance(leaf, Bounded | Unbounded) or not leaf.dtype.is_floating_point or not leaf.shape:
+        raise ValueError(f"{owner}: the action spec must be a box of floats, got {type(leaf).__name__}.")
+    return leaf
+
+
+def with_bounds(
+    owner: str, spec: TensorSpec, kwargs: Mapping[str, Any] | None, *, bounded: str, unbounded: str
+) -> dict[str, Any]:
+    """``kwargs`` of a bounded distribution; ``low`` and ``high`` come from the spec unless both are given.
+
+    Bounds are numbers where they are the same in every dimension.
+
+    Args:
+        owner: who is speaking in an error.
+        spec: of the action.
+        kwargs: of the distribution.
+        bounded: the distribution's name.
+        unbounded: the name of the one to take instead for an unbounded spec.
+
+    Raises:
+        ValueError: if the spec is unbounded, or a bound is infinite or differs between the actions of a batch.
+    """
+    kwargs = dict(kwargs or {})
+    if {"low", "high"} <= kwargs.keys():
+        return kwargs
+    if not isinstance(spec, Bounded):
+        raise ValueError(
+            f"{owner}: {bounded} needs a bounded action spec ({unbounded} takes an unbounded one), "
+            f"got {type(spec).__name__}."
+        )
+    bounds: dict[str, float | Tensor] = {}
+    for name in ("low", "high"):
+        bound = getattr(spec.space, name).reshape(-1, spec.shape[-1])
+        if not bound.isfinite().all() or not (bound == bound[0]).all():
+            raise ValueError(
+                f"{owner}: the spec's {name} must be finite and the same for every action in a batch, "
+                f"got {bound.tolist()}."
+            )
+        bounds[name] = bound[0, 0].item() if (bound[0] == bound[0, 0]).all() else bound[0].clone()
+    return {**bounds, **kwargs}
