@@ -62,7 +62,7 @@ RULES: dict[str, Rule] = {
     "optim.adam_eps": number(above=0),
     "optim.gamma": number(at_least=0, at_most=1),
     "optim.num_threads": either(integer(1), None),
-    "collector.env_per_collector": integer(1),
+    "collector.num_envs": integer(1),
     "loss.routing_coef": number(at_least=0),
     "loss.routing_loss": choice("brier", "log"),
     "loss.num_proposals": integer(1),

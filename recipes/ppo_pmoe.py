@@ -141,8 +141,8 @@ def resolve_config(cfg: DictConfig) -> None:
 
 def refuse_batches(cfg: DictConfig) -> None:
     """Raise where a batch of frames cannot be shared out among environments and minibatches."""
-    frames, envs, parts = cfg.collector.frames_per_batch, cfg.collector.env_per_collector, cfg.loss.num_minibatches
-    allowed = f"a multiple of collector.env_per_collector={envs} and of loss.num_minibatches={parts}"
+    frames, envs, parts = cfg.collector.frames_per_batch, cfg.collector.num_envs, cfg.loss.num_minibatches
+    allowed = f"a multiple of collector.num_envs={envs} and of loss.num_minibatches={parts}"
     common.refuse(cfg, {"collector.frames_per_batch": (frames % math.lcm(envs, parts) != 0, allowed)})
 
 
@@ -292,7 +292,7 @@ def build_env(cfg: DictConfig) -> tuple[EnvBase, RunningNormalization, Tensor, T
     box: Any = raw.action_space
     raw.close()
     wrap = partial(normalization.wrap, clip_action=cfg.actions == "unbounded")
-    env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector, wrap, cfg.env_kwargs)
+    env = common.make_env(cfg.env, cfg.seed, cfg.collector.num_envs, wrap, cfg.env_kwargs)
     low, high = (torch.as_tensor(bound, device=cfg.device) for bound in (box.low, box.high))
     return env, normalization, low, high
 

@@ -113,7 +113,7 @@ def resolve_config(cfg: DictConfig) -> None:
     if cfg.network.router is None:
         cfg.network.router = "detached" if cfg.policy == "pmoe" else "shared"
     if cfg.collector.frames_per_batch is None:
-        cfg.collector.frames_per_batch = cfg.collector.env_per_collector
+        cfg.collector.frames_per_batch = cfg.collector.num_envs
     _refuse_combinations(cfg)
 
 
@@ -169,8 +169,8 @@ def _refuse_combinations(cfg: DictConfig) -> None:
             f"below network.log_std_max={cfg.network.log_std_max}",
         ),
         "collector.frames_per_batch": (
-            cfg.collector.frames_per_batch % cfg.collector.env_per_collector != 0,
-            f"a multiple of collector.env_per_collector={cfg.collector.env_per_collector}",
+            cfg.collector.frames_per_batch % cfg.collector.num_envs != 0,
+            f"a multiple of collector.num_envs={cfg.collector.num_envs}",
         ),
         "optim.utd_ratio": (
             steps < 1 or abs(steps - round(steps)) > 1e-6,
@@ -374,10 +374,10 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
     Args:
         cfg: the config.
         run_dir: of the run.
-        env: seeded, of ``collector.env_per_collector`` agents; made from ``env`` of the config if not given.
+        env: seeded, of ``collector.num_envs`` agents; made from ``env`` of the config if not given.
     """
     if env is None:
-        env = common.make_env(cfg.env, cfg.seed, cfg.collector.env_per_collector, kwargs=cfg.env_kwargs)
+        env = common.make_env(cfg.env, cfg.seed, cfg.collector.num_envs, kwargs=cfg.env_kwargs)
     common.seed_everything(cfg.seed)
     spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     actor = build_actor(cfg, spec, observation_size)
@@ -390,7 +390,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
         explorer,
         frames_per_batch=min(
             cfg.collector.frames_per_batch,
-            -(-cfg.total_frames // cfg.collector.env_per_collector) * cfg.collector.env_per_collector,
+            -(-cfg.total_frames // cfg.collector.num_envs) * cfg.collector.num_envs,
         ),
         init_random_frames=cfg.collector.init_random_frames,
     )

@@ -88,8 +88,8 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
                 key: (OmegaConf.select(cfg, key) is not None, "null, each of policies has its own")
                 for key in SET_BY_POLICIES
             },
-            "collector.env_per_collector": (
-                cfg.exploration_frames % cfg.collector.env_per_collector != 0,
+            "collector.num_envs": (
+                cfg.exploration_frames % cfg.collector.num_envs != 0,
                 f"a divisor of exploration_frames={cfg.exploration_frames}",
             ),
             "exploration_frames": (
@@ -97,7 +97,7 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
                 f"at most total_frames={cfg.total_frames}",
             ),
             "replay_buffer.size": (
-                cfg.replay_buffer.size < cfg.total_frames + cfg.collector.env_per_collector,
+                cfg.replay_buffer.size < cfg.total_frames + cfg.collector.num_envs,
                 f"above total_frames={cfg.total_frames}: the first frames are read from it at the end",
             ),
             "blend": (
@@ -240,7 +240,7 @@ def train(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: int
     """One training, and the record of its episodes and of the places it explored."""
     run_dir.mkdir(parents=True, exist_ok=True)
     common.prepare_torch(cfg)
-    trained = sac_pmoe.train(cfg, run_dir, make_env(cfg, cfg.collector.env_per_collector))
+    trained = sac_pmoe.train(cfg, run_dir, make_env(cfg, cfg.collector.num_envs))
     visited = trained.buffer[:exploration_frames]["next", "observation"][:, :2].numpy()
     recorded = record_episodes(cfg, trained.actor, episodes)
     part = run_dir / "episodes.part.npz"

@@ -73,7 +73,7 @@ def test_same_seed_gives_the_same_metrics(run, tmp_path):
     [
         ["num_options=1", "loss.clip_value=false", "normalization.observation=false"],
         ["actions=bounded", "network.router=separate", "loss.entropy_coeff=0.01", "logger.eval_option=largest"],
-        ["collector.env_per_collector=2", "network.router=shared", "optim.router_lr=1e-3"],
+        ["collector.num_envs=2", "network.router=shared", "optim.router_lr=1e-3"],
     ],
     ids=lambda args: args[0],
 )

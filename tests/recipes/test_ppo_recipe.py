@@ -80,7 +80,7 @@ def test_same_seed_gives_the_same_metrics(run, tmp_path):
         ["policy=gaussian"],
         ["policy=gaussian", "actions=bounded", "optim.anneal_lr=false", "loss.clip_value=false"],
         ["scoring=responsibility", "actions=bounded", "loss.entropy_coeff=0.01", "network.router=detached"],
-        ["scoring=frequency", "optim.router_lr=1e-3", "collector.env_per_collector=2", "normalization.reward=false"],
+        ["scoring=frequency", "optim.router_lr=1e-3", "collector.num_envs=2", "normalization.reward=false"],
         ["preset=paper", "logger.rank_states=0"],
         ["scoring=critic", "routing=soft_frequency", "loss.entropy_coeff=0.01", "loss.num_proposals=2",
          "logger.rank_states=0", "normalization.observation=false"],

@@ -83,7 +83,7 @@ def test_same_seed_gives_the_same_metrics(pmoe_run, tmp_path):
         ["scoring=gradient", "routing=soft_frequency"],
         ["preset=paper"],
         ["acting=best_of_experts", "backprop=weighted", "routing=soft_frequency", "loss.num_proposals=2"],
-        ["routing=marginal", "backprop=all", "replay_buffer.scratch_dir=scratch", "collector.env_per_collector=2",
+        ["routing=marginal", "backprop=all", "replay_buffer.scratch_dir=scratch", "collector.num_envs=2",
          "collector.frames_per_batch=20"],
     ],
     ids=lambda args: args[0],
@@ -187,7 +187,7 @@ def test_gumbel_softmax_reaches_the_distribution_with_its_options():
 
 
 def test_batches_default_to_one_step_of_every_environment():
-    assert resolve("collector.env_per_collector=3").collector.frames_per_batch == 3
+    assert resolve("collector.num_envs=3").collector.frames_per_batch == 3
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_each_policy_is_what_its_name_says():
         ("loss.temperature=0.5", "loss.temperature=0.5: must be 1 with routing="),
         ("env_kwargs.reward=5", "env_kwargs: TargetReachingTask: reward"),
         ("+env_kwargs.max_step=a", "env_kwargs: TargetReachingTask: max_step must be a finite number"),
-        ("collector.env_per_collector=7", "collector.env_per_collector=7: must be a divisor of exploration_frames"),
+        ("collector.num_envs=7", "collector.num_envs=7: must be a divisor of exploration_frames"),
         ("num_workers=0", "num_workers=0: must be an integer >= 1"),
     ],
 )
