@@ -62,6 +62,8 @@ RULES: dict[str, Rule] = {
     "optim.adam_eps": number(above=0),
     "optim.gamma": number(at_least=0, at_most=1),
     "optim.num_threads": either(integer(1), None),
+    "compile.enabled": either(flag(), None),
+    "compile.cudagraphs": flag(),
     "collector.num_envs": integer(1),
     "loss.routing_coef": number(at_least=0),
     "loss.routing_loss": choice("brier", "log"),
@@ -96,6 +98,8 @@ def check_config(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
         except (ValueError, TypeError):
             shown = "null" if values[key] is None else values[key]
             raise UsageError(f"{key}={shown}: must be {rules[key].allowed}") from None
+    on_gpu = str(cfg.device).startswith("cuda")
+    refuse(cfg, {"compile.cudagraphs": (cfg.compile.cudagraphs and not on_gpu, f"false with device={cfg.device}")})
 
 
 def fill_preset(

@@ -40,7 +40,7 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import LRSchedulerHook, ReplayBufferTrainer
 
 from torchrl_pmoe import NormalMixture, PMOEClipPPOLoss, TanhNormalMixture
-from torchrl_pmoe.trainers import FiniteLoss, MeanLossStepper
+from torchrl_pmoe.trainers import FiniteLoss
 
 RULES: dict[str, Rule] = {
     **common.RULES,
@@ -357,7 +357,11 @@ def build_trainer(
     loss = agent.loss
     optimizer = runs.build_optimizer(cfg, loss, agent.actor)
     apart = critic_scored(cfg) and cfg.optim.qvalue_grad_clip == "apart"
-    stepper = MeanLossStepper(clip_apart=[loss.qvalue_network_params.parameters()] if apart else [])
+    stepper = runs.build_stepper(
+        cfg,
+        cfg.total_frames / cfg.collector.frames_per_batch * cfg.loss.num_minibatches * cfg.loss.ppo_epochs,
+        clip_apart=[loss.qvalue_network_params.parameters()] if apart else [],
+    )
     trainer = runs.build_trainer(
         cfg,
         run_dir,

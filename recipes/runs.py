@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from recording import RunRecorder
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import LossModule
+from torchrl.objectives import LossModule, TargetNetUpdater
 from torchrl.record.loggers import get_logger
 from torchrl.trainers import Trainer
 
@@ -28,13 +30,16 @@ from torchrl_pmoe import NormalMixture
 from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.trainers import (
     FiniteBatch,
-    MeanLossStepper,
+    FusedOptimizationStepper,
     NonFiniteError,
     PeriodicEvaluation,
     ProgressBar,
     mixture_diagnostics,
     saturation,
 )
+
+# updates that win back the time of compiling them, with much to spare
+WORTH_COMPILING = 50_000
 
 # ------------------------------------------------------------------------------------------- evaluation
 
@@ -178,6 +183,34 @@ def build_optimizer(cfg: DictConfig, loss: LossModule, actor: ProbabilisticActor
     return torch.optim.Adam(groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True)
 
 
+def compiles(cfg: DictConfig, updates: float) -> bool:
+    """Whether updates are compiled: as ``compile.enabled`` says, or where ``updates`` win the compiler's time back."""
+    if cfg.compile.enabled is not None:
+        return cfg.compile.enabled
+    # the compiler of the host's code is wanted for the GPU too
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return updates >= WORTH_COMPILING and any(name is not None and shutil.which(name) for name in names)
+
+
+def build_stepper(
+    cfg: DictConfig,
+    updates: float,
+    target_updater: TargetNetUpdater | None = None,
+    clip_apart: Sequence[Iterable[nn.Parameter]] = (),
+) -> FusedOptimizationStepper:
+    """What makes one update.
+
+    Args:
+        cfg: ``compile`` is read.
+        updates: of the whole run.
+        target_updater: stepped after the optimiser.
+        clip_apart: parameters whose gradients are clipped by their own norm.
+    """
+    return FusedOptimizationStepper(
+        target_updater, clip_apart=clip_apart, compile=compiles(cfg, updates), cudagraphs=cfg.compile.cudagraphs
+    )
+
+
 def build_collector(
     cfg: DictConfig, env: EnvBase, policy: TensorDictModuleBase, *, frames_per_batch: int, init_random_frames: int = 0
 ) -> Collector:
@@ -205,7 +238,7 @@ def build_trainer(
     collector: Collector,
     loss: LossModule,
     optimizer: torch.optim.Optimizer,
-    stepper: MeanLossStepper,
+    stepper: FusedOptimizationStepper,
     **kwargs: Any,
 ) -> Trainer:
     """TorchRL's trainer with checkpoints in ``run_dir``, and a stop before a bad batch gets anywhere.
@@ -331,6 +364,8 @@ def train_and_record(
         return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
 
     print(about)
+    if stepper.compile:
+        print("updates are compiled: the first takes about half a minute (compile.enabled=false leaves it out)")
     bar = ProgressBar(cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar)
     bar.register(trainer)
     with closing(bar), closing(evaluator):

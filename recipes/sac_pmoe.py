@@ -37,11 +37,11 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 from torchrl.trainers import Trainer
-from torchrl.trainers.trainers import ReplayBufferTrainer, SelectKeys, TargetNetUpdaterHook
+from torchrl.trainers.trainers import ReplayBufferTrainer, SelectKeys
 
 from torchrl_pmoe import BestOfExpertsActor, PMOESACLoss
 from torchrl_pmoe.modules.heads import ClampedExp
-from torchrl_pmoe.trainers import FiniteLoss, MeanLossStepper
+from torchrl_pmoe.trainers import FiniteLoss
 
 RULES: dict[str, Rule] = {
     **common.RULES,
@@ -333,7 +333,8 @@ def build_trainer(
     run_dir: Path,
 ) -> Trainer:
     """The trainer with the hooks of off-policy learning."""
-    stepper = MeanLossStepper()
+    target_updater = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
+    stepper = runs.build_stepper(cfg, cfg.total_frames * cfg.optim.utd_ratio, target_updater)
     trainer = runs.build_trainer(
         cfg,
         run_dir,
@@ -343,7 +344,7 @@ def build_trainer(
         stepper=stepper,
         optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * collector.requested_frames_per_batch)),
         replay_buffer=buffer,
-        target_net_updater=SoftUpdate(loss, eps=cfg.optim.target_update_polyak),
+        target_net_updater=target_updater,
     )
     SelectKeys(STORED).register(trainer)
     device = None if cfg.device == "cpu" else cfg.device
@@ -355,7 +356,6 @@ def build_trainer(
             # "will be replaced by OptimizationStepper": ours calls this hook
             warnings.simplefilter("ignore", FutureWarning)
             trainer.register_op("post_loss", replay.update_priority)
-    trainer.register_op("post_optim", TargetNetUpdaterHook(trainer.target_net_updater))
     FiniteLoss(stepper).register(trainer)
     return trainer
 

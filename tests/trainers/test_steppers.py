@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from torchrl_pmoe.trainers import MeanLossStepper
+from torchrl_pmoe.trainers import FusedOptimizationStepper
 
 
 def make_trainer(losses, parameters, **kwargs):
@@ -48,7 +48,7 @@ def losses_of(a, b):
 def test_step_minimises_the_sum_of_what_begins_with_loss():
     a, b = two_parameters()
     trainer = make_trainer(losses_of(a, b), [a, b])
-    MeanLossStepper().step(trainer, TensorDict())
+    FusedOptimizationStepper().step(trainer, TensorDict())
     torch.testing.assert_close(a.detach(), torch.tensor([1.0 - 3.0, 2.0 - 4.0]))
     torch.testing.assert_close(b.detach(), torch.tensor([3.0 - 12.0]))
     assert a.grad is None
@@ -57,7 +57,7 @@ def test_step_minimises_the_sum_of_what_begins_with_loss():
 
 def test_gradients_are_clipped_by_their_common_norm():
     a, b = two_parameters()
-    MeanLossStepper().step(make_trainer(losses_of(a, b), [a, b], clip_norm=1.3), TensorDict())
+    FusedOptimizationStepper().step(make_trainer(losses_of(a, b), [a, b], clip_norm=1.3), TensorDict())
     # the norm of (3, 4, 12) is 13
     torch.testing.assert_close(a.detach(), torch.tensor([1.0 - 0.3, 2.0 - 0.4]))
     torch.testing.assert_close(b.detach(), torch.tensor([3.0 - 1.2]))
@@ -65,7 +65,7 @@ def test_gradients_are_clipped_by_their_common_norm():
 
 def test_parameters_named_apart_are_clipped_by_their_own_norm():
     a, b = two_parameters()
-    stepper = MeanLossStepper(clip_apart=[iter([b])])
+    stepper = FusedOptimizationStepper(clip_apart=[iter([b])])
     for _ in range(2):
         stepper.step(make_trainer(losses_of(a, b), [a, b], clip_norm=1.0), TensorDict())
     torch.testing.assert_close(a.detach(), torch.tensor([1.0 - 2 * 0.6, 2.0 - 2 * 0.8]))
@@ -74,14 +74,16 @@ def test_parameters_named_apart_are_clipped_by_their_own_norm():
 
 def test_values_are_clipped_where_the_trainer_says_so():
     a, b = two_parameters()
-    MeanLossStepper().step(make_trainer(losses_of(a, b), [a, b], clip_norm=3.5, clip_grad_norm=False), TensorDict())
+    FusedOptimizationStepper().step(
+        make_trainer(losses_of(a, b), [a, b], clip_norm=3.5, clip_grad_norm=False), TensorDict()
+    )
     torch.testing.assert_close(a.detach(), torch.tensor([1.0 - 3.0, 2.0 - 3.5]))
     torch.testing.assert_close(b.detach(), torch.tensor([3.0 - 3.5]))
 
 
 def test_means_are_over_the_steps_since_the_reset():
     a, b = two_parameters()
-    stepper, trainer = MeanLossStepper(), make_trainer(losses_of(a, b), [a, b])
+    stepper, trainer = FusedOptimizationStepper(), make_trainer(losses_of(a, b), [a, b])
     assert stepper.means() == {}
     stepper.step(trainer, TensorDict())
     stepper.reset()
@@ -101,7 +103,7 @@ def test_a_bad_number_is_remembered_until_the_reset(bad):
     a = nn.Parameter(torch.tensor([1.0]))
     factors = iter([1.0, bad, 1.0])
     trainer = make_trainer(lambda batch: TensorDict(loss=(a.detach() * next(factors) + 0 * a).sum()), [a])
-    stepper = MeanLossStepper()
+    stepper = FusedOptimizationStepper()
     stepper.step(trainer, TensorDict())
     assert stepper.finite()
     stepper.step(trainer, TensorDict())

@@ -8,12 +8,12 @@ from torchrl_pmoe.trainers.hooks import (
     PeriodicEvaluation,
     ProgressBar,
 )
-from torchrl_pmoe.trainers.steppers import MeanLossStepper
+from torchrl_pmoe.trainers.steppers import FusedOptimizationStepper
 
 __all__ = [
     "FiniteBatch",
     "FiniteLoss",
-    "MeanLossStepper",
+    "FusedOptimizationStepper",
     "NonFiniteError",
     "PeriodicEvaluation",
     "ProgressBar",

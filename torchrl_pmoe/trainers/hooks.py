@@ -12,7 +12,7 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 from tqdm import tqdm
 
-from torchrl_pmoe.trainers.steppers import MeanLossStepper
+from torchrl_pmoe.trainers.steppers import FusedOptimizationStepper
 
 __all__ = ["FiniteBatch", "FiniteLoss", "NonFiniteError", "PeriodicEvaluation", "ProgressBar"]
 
@@ -64,7 +64,7 @@ class FiniteLoss(_StatelessHook):
     The sums of the stepper are read once per collected batch, not once per update.
     """
 
-    def __init__(self, stepper: MeanLossStepper) -> None:
+    def __init__(self, stepper: FusedOptimizationStepper) -> None:
         self.stepper = stepper
 
     def __call__(self) -> None:
