@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
 
 import gymnasium as gym
 import numpy as np
@@ -170,3 +171,140 @@ def test_a_missing_mjx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "has_mjx", lambda: False)
     with pytest.raises(ValueError, match=r"pip install 'torchrl_pmoe\[mjx\]'"):
         mujoco_task("Hopper-v4", 1, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------ MJX
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def deviations(name: str, steps: int, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """How far one step of MJX is from Gymnasium's, from the same states and actions along Gymnasium's own episodes.
+
+    Positions and velocities, and what else is observed, in units of ``1 + |value|``; rewards as they are.
+    """
+    theirs = [gymnasium_task(name) for _ in range(ROWS)]
+    ours = MUJOCO_TASKS[name](num_envs=ROWS, backend="mjx", dtype=dtype)
+    for row, env in enumerate(theirs):
+        env.reset(seed=row)
+    coordinates = theirs[0].unwrapped.model.nq + theirs[0].unwrapped.model.nv - ours.SKIP_QPOS
+    found: dict[str, list[np.ndarray]] = {"state": [], "rest": [], "reward": [], "ends": []}
+    for actions in random_actions(theirs[0], steps):
+        for env in theirs:
+            start_over(env)
+        ours.reset(state_of(theirs), set_state=True)
+        expected = step_all(theirs, actions)
+        step = ours.step(TensorDict(action=torch.from_numpy(actions), batch_size=ROWS))["next"]
+        got = {key: step[key].numpy() for key in expected}
+        difference = np.abs(got["observation"] - expected["observation"]) / (1 + np.abs(expected["observation"]))
+        found["state"].append(difference[:, :coordinates])
+        found["rest"].append(difference[:, coordinates:])
+        found["reward"].append(np.abs(got["reward"][:, 0] - expected["reward"]))
+        found["ends"].append(got["terminated"][:, 0] != expected["terminated"])
+        for env, over in zip(theirs, expected["terminated"], strict=True):
+            if over:
+                env.reset()
+    return {key: np.concatenate(values) for key, values in found.items()}
+
+
+def start_over(env: gym.Env) -> None:
+    """Leave the simulator with what ``qpos`` and ``qvel`` say and no memory of how it came there."""
+    import mujoco
+
+    simulator = env.unwrapped
+    qpos, qvel = simulator.data.qpos.copy(), simulator.data.qvel.copy()
+    mujoco.mj_resetData(simulator.model, simulator.data)
+    simulator.set_state(qpos, qvel)
+
+
+SINGLE = {
+    "HalfCheetah-v4": (5e-4, 1e-2),
+    "Hopper-v4": (5e-5, 1e-3),
+    "Walker2d-v4": (5e-4, 1e-2),
+    "Ant-v4": (5e-4, 1e-2),
+    "Humanoid-v4": (5e-4, 1e-2),
+    "HumanoidStandup-v4": (5e-4, 0.5),
+}
+"""What 99 of 100 steps keep to, and what every step keeps to: rounding may start a contact a substep sooner."""
+
+DOUBLE = {
+    "HalfCheetah-v4": 1e-9,
+    "Hopper-v4": 1e-9,
+    "Walker2d-v4": 1e-9,
+    "Ant-v4": 1e-5,
+    "Humanoid-v4": 1e-3,
+    "HumanoidStandup-v4": 1e-3,
+}
+"""What every step keeps to: the solvers' own tolerance, and for the humanoids' that of another solver."""
+
+
+@needs_mjx
+@pytest.mark.parametrize(
+    "name", [name if name == "HalfCheetah-v4" else pytest.param(name, marks=pytest.mark.slow) for name in SINGLE]
+)
+def test_a_step_of_mjx_is_a_step_of_gymnasium_in_single_precision(name: str) -> None:
+    """1,000 steps."""
+    found = deviations(name, 500, torch.float32)
+    mostly, always = SINGLE[name]
+    for key in ("state", "reward"):
+        worst = found[key].reshape(1000, -1).max(-1)
+        assert np.quantile(worst, 0.99) < mostly
+        assert worst.max() < always
+    if found["rest"].size:
+        assert np.median(found["rest"].max(-1)) < mostly
+    assert not found["ends"].any()
+
+
+@needs_mjx
+@pytest.mark.slow
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("name", DOUBLE)
+def test_a_step_of_mjx_is_a_step_of_gymnasium_in_double_precision(name: str) -> None:
+    """1,000 steps: what single precision leaves between the two is rounding, and not another task."""
+    found = deviations(name, 500, torch.float64)
+    assert found["state"].max() < DOUBLE[name]
+    assert found["reward"].max() < max(DOUBLE[name], 1e-6)
+    assert not found["ends"].any()
+
+
+@needs_mjx
+def test_an_mjx_row_is_left_alone_by_the_reset_of_another() -> None:
+    runs = []
+    for mask in ([False, False], [True, False]):
+        env = mujoco_task("HalfCheetah-v4", ROWS, seed=0)
+        check = env.reset()
+        for step in range(20):
+            if step == 10:
+                check = env.reset(check.set("_reset", torch.tensor(mask).unsqueeze(-1)))
+            check = env.step(check.set("action", torch.full((ROWS, 6), 0.5)))["next"]
+        runs.append(check["observation"])
+    assert runs[0][1].equal(runs[1][1])
+    assert not runs[0][0].equal(runs[1][0])
+
+
+@needs_mjx
+def test_mjx_keeps_its_specs_and_the_time_limit() -> None:
+    env = MUJOCO_TASKS["HalfCheetah-v4"](num_envs=ROWS, seed=0, max_episode_steps=30)
+    check_env_specs(env)
+    rollout = env.rollout(40)
+    assert rollout["next", "observation"].dtype == torch.float32
+    assert rollout.shape == (ROWS, 30)
+    assert rollout["next", "truncated"].sum(1).tolist() == [[1], [1]]
+    assert not rollout["next", "terminated"].any()
+
+
+@needs_mjx
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_mjx_stays_on_the_gpu() -> None:
+    env = mujoco_task("HalfCheetah-v4", 64, seed=0, device="cuda")
+    assert all(device.platform == "gpu" for device in env._backend._dx.qpos.devices())
+    for tensor in env.rollout(5).values(True, True):
+        assert tensor.device.type == "cuda"

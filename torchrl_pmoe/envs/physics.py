@@ -32,11 +32,11 @@ __all__ = ["MJXEngine", "MujocoEngine", "quiet_mujoco"]
 @contextlib.contextmanager
 def quiet_mujoco() -> Iterator[None]:
     """Leave out MuJoCo's line about ``settotalmass``, which Gymnasium's HalfCheetah asset brings up."""
-    import mujoco
-
-    if not hasattr(mujoco, "set_mju_user_warning"):  # then it writes to a log file, not to the terminal
+    if importlib.util.find_spec("mujoco") is None:
         yield
         return
+    import mujoco
+
     previous = mujoco.get_mju_user_warning()
 
     def show(message: str) -> None:
@@ -50,12 +50,15 @@ def quiet_mujoco() -> Iterator[None]:
         mujoco.set_mju_user_warning(previous)
 
 
-def load_model(path: Path) -> Any:
-    """The compiled ``mujoco.MjModel`` of an xml file."""
+def load_model(path: Path, *, pgs: bool = True) -> Any:
+    """The compiled ``mujoco.MjModel`` of an xml file; without ``pgs``, Newton's method stands in for that solver."""
     import mujoco
 
     with quiet_mujoco():
-        return mujoco.MjModel.from_xml_path(str(path))
+        model = mujoco.MjModel.from_xml_path(str(path))
+    if not pgs and model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
+        model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+    return model
 
 
 class _Engine(_PhysicsBackend):
@@ -220,9 +223,7 @@ class MJXEngine(_Engine, _MJXBackend):
 
     def _init_model(self, source: Path) -> None:
         jax, self._mjx = import_mjx()
-        self._jax, self._m_mj = jax, load_model(source)
-        if self._m_mj.opt.solver == 0:  # PGS
-            self._m_mj.opt.solver = 2  # Newton
+        self._jax, self._m_mj = jax, load_model(source, pgs=False)
         self._jax_device = jax_device(jax, self.device)
         forces = "cfrc_ext" in self._fields
         self._programs = _programs(source, forces, self._jax_device, bool(jax.config.jax_enable_x64))
@@ -343,9 +344,7 @@ def _along_the_capsule(collide: Callable[..., Any]) -> Callable[..., Any]:
 def _programs(source: Path, forces: bool, device: Any, x64: bool) -> _Programs:
     """Kept by what they depend on, so that a second environment of a task does not compile again."""
     jax, mjx = import_mjx()
-    model = load_model(source)
-    if model.opt.solver == 0:
-        model.opt.solver = 2
+    model = load_model(source, pgs=False)
     mx = mjx.put_model(model, device=device, impl="jax")
     first = mjx.make_data(model, device=device, impl="jax")
 
