@@ -123,6 +123,18 @@ def test_the_time_limit_truncates_after_1000_steps_and_does_not_terminate() -> N
     assert not rollout["next", "terminated"].any()
 
 
+def test_rows_that_end_start_anew_while_the_others_go_on() -> None:
+    rollout = mujoco_task("Hopper-v4", 4, seed=0, backend="mujoco").rollout(200, break_when_any_done=False)
+    first, last = rollout["observation"][:, 1:], rollout["next", "observation"][:, :-1]
+    over = rollout["next", "done"][:, :-1, 0]
+    assert over.any(1).all()
+    assert not over.all(0).any()
+    assert first[~over].equal(last[~over])
+    start = torch.tensor([1.25] + 10 * [0.0])
+    assert (first[over] - start).abs().max() <= 5e-3 + 1e-6
+    assert ((last[over] - start).abs().amax(-1) > 0.1).all()
+
+
 def test_one_seed_gives_one_run_and_rows_of_their_own() -> None:
     runs = []
     for seed in (3, 3, 4):
@@ -287,6 +299,18 @@ def test_an_mjx_row_is_left_alone_by_the_reset_of_another() -> None:
         runs.append(check["observation"])
     assert runs[0][1].equal(runs[1][1])
     assert not runs[0][0].equal(runs[1][0])
+
+
+@needs_mjx
+def test_a_diverged_row_goes_on_from_the_initial_state() -> None:
+    env = mujoco_task("HalfCheetah-v4", ROWS, seed=0)
+    velocities = torch.zeros(ROWS, 9)
+    velocities[0] = torch.inf
+    env.reset(TensorDict(qpos=torch.zeros(ROWS, 9), qvel=velocities, batch_size=ROWS), set_state=True)
+    seen = env.step(TensorDict(action=torch.ones(ROWS, 6), batch_size=ROWS))["next", "observation"]
+    assert seen[0].eq(0).all()
+    assert seen[1].ne(0).any()
+    assert seen.isfinite().all()
 
 
 @needs_mjx

@@ -4,9 +4,15 @@ Assets, frame skip, reset noise, observations, rewards and ends are those of Gym
 arguments; the xml files are read from the installed Gymnasium. Two engines run them:
 
 ``"mujoco"``
-    MuJoCo itself, in double precision on the CPU, the rows one after the other in this process.
+    MuJoCo itself, in double precision on the CPU, the rows one after the other in this process. Every row is the
+    Gymnasium environment to the last bit, before observations and rewards are rounded to float32.
 ``"mjx"``
-    MuJoCo in JAX, all rows in one call, on the CPU or on the GPU where the tensors live.
+    MuJoCo in JAX, all rows in one call, on the CPU or on the GPU where the tensors live. From the same state and
+    action, one step's positions and velocities differ from Gymnasium's by less than 1e-4 (Hopper: 4e-6) in 99 of 100
+    steps, in units of 1 + |value|. Of 1,000 steps of HumanoidStandup one differed by 2e-2: rounded to float32, a
+    contact begins a substep sooner, and MuJoCo rounded to float32 does the same. With ``jax_enable_x64`` every step is
+    within 1e-12 for HalfCheetah, Hopper and Walker2d, 1e-7 for Ant, and 2e-4 for the humanoids, whose assets ask for a
+    solver that MJX lacks. Speeds come from float32 positions: ``x`` metres out, their error is ``1e-7 x / dt``.
 """
 
 from __future__ import annotations
@@ -98,7 +104,7 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
         Raises:
             ValueError: for another device, the engine and its compiled code stay where they were made.
         """
-        if torch.device(device) != self.device:
+        if torch.empty(0, device=device).device != torch.empty(0, device=self.device).device:
             raise ValueError(f"{type(self).__name__}: made on {self.device}, cannot move to {device}; make it there.")
         return self
 

@@ -28,6 +28,9 @@ from tqdm import tqdm
 
 __all__ = ["MJXEngine", "MujocoEngine", "quiet_mujoco"]
 
+DIVERGED = 1e10
+"""The position, velocity or acceleration from which on MuJoCo gives a simulation up."""
+
 
 @contextlib.contextmanager
 def quiet_mujoco() -> Iterator[None]:
@@ -218,7 +221,8 @@ class MJXEngine(_Engine, _MJXBackend):
     """MJX: MuJoCo in JAX, all rows in one compiled call for all substeps, shared with torch through DLPack.
 
     Single precision, unless ``jax_enable_x64`` is set before the engine is made. MJX has no projected Gauss-Seidel
-    solver: where an asset asks for one (both humanoids), Newton's method solves the same problem.
+    solver: where an asset asks for one (both humanoids), Newton's method solves the same problem. A row that diverges
+    goes on from the model's initial state, as MuJoCo's own do.
     """
 
     def _init_model(self, source: Path) -> None:
@@ -348,6 +352,9 @@ def _programs(source: Path, forces: bool, device: Any, x64: bool) -> _Programs:
     mx = mjx.put_model(model, device=device, impl="jax")
     first = mjx.make_data(model, device=device, impl="jax")
 
+    def choose(condition: Any, yes: Any, no: Any) -> Any:
+        return jax.tree_util.tree_map(lambda yes, no: jax.numpy.where(condition, yes, no), yes, no)
+
     def exact(function: Callable[..., Any]) -> Callable[..., Any]:
         # on NVIDIA's GPUs jax would multiply in 10 bits of mantissa
         @functools.wraps(function)
@@ -361,15 +368,16 @@ def _programs(source: Path, forces: bool, device: Any, x64: bool) -> _Programs:
     def step(data: Any, ctrl: Any, frame_skip: int) -> Any:
         def one(row: Any, ctrl: Any) -> Any:
             row = jax.lax.fori_loop(0, frame_skip, lambda _, row: mjx.step(mx, row), row.replace(ctrl=ctrl))
-            return mjx.rne_postconstraint(mx, row) if forces else row
+            row = mjx.rne_postconstraint(mx, row) if forces else row
+            state = jax.numpy.concatenate([row.qpos, row.qvel, row.qacc])
+            return choose((jax.numpy.abs(state) < DIVERGED).all(), row, first)
 
         return jax.vmap(one)(data, ctrl)
 
     @exact
     def reset(data: Any, mask: Any, qpos: Any, qvel: Any) -> Any:
         def one(row: Any, chosen: Any, qpos: Any, qvel: Any) -> Any:
-            fresh = mjx.forward(mx, first.replace(qpos=qpos, qvel=qvel))
-            return jax.tree_util.tree_map(lambda new, old: jax.numpy.where(chosen > 0, new, old), fresh, row)
+            return choose(chosen > 0, mjx.forward(mx, first.replace(qpos=qpos, qvel=qvel)), row)
 
         return jax.vmap(one)(data, mask, qpos, qvel)
 
