@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
+from torchrl_pmoe.envs.physics import quiet_mujoco
 from torchrl_pmoe.trainers import NonFiniteError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -243,24 +243,9 @@ def remove_empty(path: Path) -> None:
 @contextmanager
 def _quiet_make() -> Iterator[None]:
     """Leave out the two lines that every MuJoCo v4 task prints when it is made."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_mujoco():
         warnings.filterwarnings("ignore", message=".*is out of date.*")
-        if importlib.util.find_spec("mujoco") is None:
-            yield
-            return
-        import mujoco
-
-        previous = mujoco.get_mju_user_warning()
-
-        def show(message: str) -> None:
-            if "settotalmass" not in message:
-                print(f"MuJoCo: {message}", file=sys.stderr)
-
-        mujoco.set_mju_user_warning(show)
-        try:
-            yield
-        finally:
-            mujoco.set_mju_user_warning(previous)
+        yield
 
 
 def make_gym(name: str, kwargs: Mapping[str, Any] | None = None) -> gym.Env:

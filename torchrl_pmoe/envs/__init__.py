@@ -1,12 +1,20 @@
-"""Environments: the paper's target-reaching task, for Gymnasium and as a batched TorchRL environment.
+"""Environments: the paper's target-reaching task and Gymnasium's MuJoCo tasks, batched for TorchRL.
 
 Importing this package registers ``PMOE/TargetReaching-v0`` with Gymnasium.
 """
 
 from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
 from torchrl_pmoe.envs.geometry import TargetReachingTask
+from torchrl_pmoe.envs.mujoco_tasks import MUJOCO_TASKS, MujocoTask, mujoco_task
 from torchrl_pmoe.envs.target_reaching import TargetReachingEnv, register
 
-__all__ = ["BatchedTargetReachingEnv", "TargetReachingEnv", "TargetReachingTask"]
+__all__ = [
+    "MUJOCO_TASKS",
+    "BatchedTargetReachingEnv",
+    "MujocoTask",
+    "TargetReachingEnv",
+    "TargetReachingTask",
+    "mujoco_task",
+]
 
 register()
