@@ -1,0 +1,77 @@
+"""The environments that frames are collected from: one after the other, in processes, in EnvPool, or in MJX."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import common
+import gymnasium as gym
+from omegaconf import DictConfig
+from torchrl.envs import EnvBase
+
+from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, mujoco_task
+from torchrl_pmoe.envs.physics import has_mjx
+
+BACKENDS = ("serial", "parallel", "envpool", "mjx")
+
+
+def fastest(name: str, num_envs: int, has_kwargs: bool) -> str:
+    """The backend that collects most frames a second on a CPU, of those that run Gymnasium's physics (README).
+
+    Args:
+        name: Gymnasium id.
+        num_envs: how many environments.
+        has_kwargs: whether the environment takes arguments, which EnvPool's do not.
+    """
+    return "envpool" if num_envs > 1 and not has_kwargs and EnvPoolEnv.available(name) else "serial"
+
+
+def resolve(cfg: DictConfig) -> None:
+    """Put a backend in the place of null, and refuse one that cannot run the environment.
+
+    Raises:
+        UsageError: before any environment is made.
+    """
+    if cfg.collector.backend is None:
+        cfg.collector.backend = fastest(cfg.env, cfg.collector.num_envs, bool(cfg.env_kwargs))
+    backend, own = cfg.collector.backend, "serial or parallel"
+    refused = {
+        "envpool": {
+            f"{own} without the package envpool (pip install 'torchrl_pmoe[envpool]')": importlib.util.find_spec(
+                "envpool"
+            )
+            is None,
+            f"{own} with env_kwargs, which EnvPool's tasks do not take": bool(cfg.env_kwargs),
+            f"{own} with env={cfg.env}, which EnvPool does not have": not EnvPoolEnv.available(cfg.env),
+        },
+        "mjx": {
+            f"{own} without jax and mujoco-mjx (pip install 'torchrl_pmoe[mjx]')": not has_mjx(),
+            f"{own} with env={cfg.env}, mjx has {', '.join(MUJOCO_TASKS)}": cfg.env not in MUJOCO_TASKS,
+            f"{own} with env_kwargs, which mjx does not take": bool(cfg.env_kwargs),
+        },
+    }
+    for allowed, bad in refused.get(backend, {}).items():
+        common.refuse(cfg, {"collector.backend": (bad, allowed)})
+
+
+def describe(cfg: DictConfig) -> str:
+    """How many environments there are, and where they run."""
+    number = cfg.collector.num_envs
+    return f"{number} environment{'s' * (number > 1)}, collector.backend={cfg.collector.backend}"
+
+
+def make_env(cfg: DictConfig, wrap: Callable[[gym.Env], gym.Env] = lambda env: env) -> EnvBase:
+    """The environments of a resolved config, seeded, in float32.
+
+    Args:
+        cfg: ``env``, ``env_kwargs``, ``seed``, ``device`` and ``collector`` are read.
+        wrap: puts Gymnasium's wrappers around each (``serial``).
+    """
+    backend, number = cfg.collector.backend, cfg.collector.num_envs
+    if backend == "mjx":
+        print("MJX compiles the physics: up to a minute")
+        return mujoco_task(cfg.env, number, seed=cfg.seed, device=cfg.device)
+    if backend == "envpool":
+        return EnvPoolEnv(cfg.env, number, seed=cfg.seed)
+    return common.make_env(cfg.env, cfg.seed, number, wrap, cfg.env_kwargs, processes=backend == "parallel")
