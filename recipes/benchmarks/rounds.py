@@ -1,0 +1,122 @@
+"""What the benchmarks share: taking turns, medians, ratios, and the line that says where it was measured.
+
+Variants take turns, A B A B, so that a change in the machine's speed hits all of them. A ratio is the median over the
+rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NoReturn, TypeVar
+
+import torch
+from tqdm import tqdm
+
+T = TypeVar("T")
+RESULTS = Path(__file__).parents[1] / "results"
+PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "mujoco", "stable-baselines3")
+
+
+def command_line(about: str, output: str, *, rounds: int = 5, threads: int = 2) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has.
+
+    Args:
+        about: the docstring of the script.
+        output: name of the CSV beside the other results.
+        rounds: default of ``--rounds``.
+        threads: default of ``--threads``.
+    """
+    # argparse would take the percent signs of a docstring for its own
+    parser = argparse.ArgumentParser(
+        description=about.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=rounds, help=f"turns of every variant ({rounds})")
+    parser.add_argument("--threads", type=at_least_one, default=threads, help=f"of PyTorch ({threads})")
+    parser.add_argument("--output", type=Path, default=RESULTS / output, help=f"CSV (recipes/results/{output})")
+    return parser
+
+
+def at_least_one(given: str) -> int:
+    """For ``argparse``: a whole number of one or more."""
+    try:
+        value = int(given)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {given}")
+    return value
+
+
+def stop(error: object) -> NoReturn:
+    """End with one line on stderr and status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def alternate(variants: Mapping[str, Callable[[], T]], rounds: int, unit: str = "run") -> dict[str, list[T]]:
+    """What every variant returns, one entry a round; they take turns under a progress bar."""
+    found: dict[str, list[T]] = {name: [] for name in variants}
+    with tqdm(total=rounds * len(variants), unit=unit) as bar:
+        for _ in range(rounds):
+            for name, measure in variants.items():
+                bar.set_postfix_str(name)
+                found[name].append(measure())
+                bar.update()
+    return found
+
+
+def ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of ``values / base``, round by round."""
+    return median(value / reference for value, reference in zip(values, base, strict=True))
+
+
+def place(threads: int, rounds: int, device: str = "cpu") -> str:
+    """Machine, threads, versions and rounds, in one line."""
+    versions = [f"{name} {version}" for name in PACKAGES if (version := version_of(name))]
+    where = f"{_processor()} ({os.cpu_count()} cores), {threads} thread(s)"
+    if device != "cpu":
+        where = f"{torch.cuda.get_device_name(device)}, {where}"
+    return f"{where}; Python {platform.python_version()}, {', '.join(versions)}; medians of {rounds} rounds"
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, ``None`` where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table."""
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> None:
+    """Keep the raw figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    print(f"Wrote {path}")
