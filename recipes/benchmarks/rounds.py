@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import NoReturn, TypeVar
@@ -102,6 +103,63 @@ def _processor() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the figures must show.
+
+    Args:
+        about: in words.
+        over: the variant above the line of the ratio.
+        under: the one below it.
+        bound: of the ratio.
+        at_least: whether the bound is the smallest or the largest allowed.
+    """
+
+    about: str
+    over: str
+    under: str
+    bound: float
+    at_least: bool = True
+
+    def row(self, found: Mapping[str, Sequence[float]]) -> list[str] | None:
+        """A line of the table: ratio, what is asked, whether it holds; ``None`` where a variant was not measured."""
+        if not {self.over, self.under} <= found.keys():
+            return None
+        value = ratio(found[self.over], found[self.under])
+        held = value >= self.bound if self.at_least else value <= self.bound
+        sign = ">=" if self.at_least else "<="
+        return [self.about, f"{value:.2f}", f"{sign} {self.bound:g}", "yes" if held else "no"]
+
+
+def report(
+    found: Mapping[str, Sequence[float]], *, unit: str, base: str, claims: Sequence[Claim], output: Path
+) -> None:
+    """Print medians, ratios to ``base`` and claims; keep the raw figures.
+
+    Args:
+        found: figures by variant and round.
+        unit: of the figures.
+        base: a variant; left out of the table where it was not measured.
+        claims: what must hold.
+        output: where the CSV goes.
+    """
+    rows = []
+    for name, values in found.items():
+        over = [f"{ratio(values, found[base]):.2f}"] if base in found else []
+        rows.append([name, f"{median(values):.4g}", *over])
+    print_table(["variant", unit, *([f"over {base}"] if base in found else [])], rows)
+    lines = [row for claim in claims if (row := claim.row(found)) is not None]
+    if lines:
+        print()
+        print_table(["claim", "ratio", "asked", "holds"], lines)
+    rounds = len(next(iter(found.values()), []))
+    write_csv(
+        output,
+        ["variant", "unit", *(f"round_{index}" for index in range(rounds))],
+        [[name, unit, *values] for name, values in found.items()],
+    )
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
