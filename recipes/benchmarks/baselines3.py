@@ -11,7 +11,7 @@ import gymnasium as gym
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
-from recipe_runs import NEVER
+from watched_runs import NEVER
 from workers import MissingPackage, Turns
 
 

@@ -25,8 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
-import recipe_runs
 import sac_pmoe
+import watched_runs
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rounds import alternate, at_least_one, command_line, place, print_table, stop, write_csv
@@ -70,6 +70,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._counting = False
         self._running = [REST]
         self._last = 0.0
         self._undo = ExitStack()
@@ -83,15 +84,17 @@ class Clock:
     def start(self) -> None:
         """Forget what was measured so far."""
         self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._counting = True
         self._last = perf_counter()
 
     def stop(self) -> None:
-        """Count the time up to now."""
+        """Count the time up to now, and no more."""
         self._turn()
+        self._counting = False
 
     def _turn(self) -> None:
         now = perf_counter()
-        if self.seconds:
+        if self._counting:
             self.seconds[self._running[-1]] += now - self._last
         self._last = now
 
@@ -140,10 +143,10 @@ def instrument(clock: Clock, trainer: Trainer, *, inside_update: bool) -> None:
     clock.wrap(trainer.replay_buffer, "sample", "buffer, sample")
     clock.wrap(trainer.optimization_stepper, "step", "stepper, rest")
     clock.wrap(MeanLossStepper, "_accumulate", "finite checks and running means")
-    for hook in (FiniteBatch, FiniteLoss):
-        clock.wrap(hook, "__call__", "finite checks and running means")
-    for hook in (PeriodicEvaluation, ProgressBar):
-        clock.wrap(hook, "__call__", "evaluation hook and progress bar")
+    for check in (FiniteBatch, FiniteLoss):
+        clock.wrap(check, "__call__", "finite checks and running means")
+    for shown in (PeriodicEvaluation, ProgressBar):
+        clock.wrap(shown, "__call__", "evaluation hook and progress bar")
     clock.wrap(trainer.target_net_updater, "step", "target update")
     if not inside_update:
         return
@@ -163,11 +166,11 @@ def profile(cfg: DictConfig, warm_up: int, frames: int) -> dict[str, float]:
         def after_batch(collected: int) -> None:
             if collected >= warm_up + frames:
                 clock.stop()
-                raise recipe_runs.Finished
+                raise watched_runs.Finished
             if collected >= warm_up and not clock.seconds:
                 clock.start()
 
-        recipe_runs.run(sac_pmoe, cfg, after_batch, partial(instrument, clock, inside_update=not compiled))
+        watched_runs.run(sac_pmoe, cfg, after_batch, partial(instrument, clock, inside_update=not compiled))
         return {part: 1e3 * seconds / frames for part, seconds in clock.seconds.items()}
 
 
@@ -185,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *args.overrides,
     ]
     try:
-        configs = {name: recipe_runs.resolve(sac_pmoe, [*options, *given]) for name, options in VARIANTS.items()}
+        configs = {name: watched_runs.resolve(sac_pmoe, [*options, *given]) for name, options in VARIANTS.items()}
     except (common.UsageError, HydraException) as error:
         stop(error)
     found = alternate(

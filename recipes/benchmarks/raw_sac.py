@@ -78,13 +78,15 @@ class RawSAC:
         self.gamma, self.polyak, self.target_entropy = gamma, polyak, -float(action_size)
         self.actor = mlp([observation_size, *cells, 2 * action_size], device)
         critic = [observation_size + action_size, *cells, 1]
-        self.critics = nn.ModuleList(mlp(critic, device) for _ in range(2))
-        self.targets = nn.ModuleList(mlp(critic, device) for _ in range(2))
-        self.targets.load_state_dict(self.critics.state_dict())
+        self.critics = [mlp(critic, device) for _ in range(2)]
+        self.targets = [mlp(critic, device) for _ in range(2)]
+        for target, source in zip(self.targets, self.critics, strict=True):
+            target.load_state_dict(source.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros((), device=device))
-        self.trained = [*self.actor.parameters(), *self.critics.parameters(), self.log_alpha]
-        self.optimizer = torch.optim.Adam(self.trained, lr=lr, fused=True)
-        self._pairs = list(self.targets.parameters()), list(self.critics.parameters())
+        self._sources: list[Tensor] = [parameter for critic in self.critics for parameter in critic.parameters()]
+        self._followers: list[Tensor] = [parameter for target in self.targets for parameter in target.parameters()]
+        trained = [*self.actor.parameters(), *self._sources, self.log_alpha]
+        self.optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
 
     def act(self, observation: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A draw of the policy ``[B, A]`` and its log-density ``[B]``; standard normal ``noise`` unless given."""
@@ -112,19 +114,19 @@ class RawSAC:
             next_value = torch.minimum(*(critic(pairs) for critic in self.targets)).squeeze(-1) - alpha * next_log_prob
             target = batch.reward + self.gamma * (1 - batch.terminated) * next_value
         pairs = torch.cat((batch.observation, batch.action), -1)
-        qvalue = sum((critic(pairs).squeeze(-1) - target).square().mean() for critic in self.critics)
+        one, two = ((critic(pairs).squeeze(-1) - target).square().mean() for critic in self.critics)
         action, log_prob = self.act(batch.observation, own_noise)
         pairs = torch.cat((batch.observation, action), -1)
         value = torch.minimum(*(frozen(critic, pairs) for critic in self.critics)).squeeze(-1)
         actor = (alpha * log_prob - value).mean()
-        return Losses(actor, qvalue, -(self.log_alpha * (log_prob.detach() + self.target_entropy)).mean())
+        return Losses(actor, one + two, -(self.log_alpha * (log_prob.detach() + self.target_entropy)).mean())
 
     def update(self, batch: Batch, noise: tuple[Tensor, Tensor] | None = None) -> Losses:
         """One step of Adam on the sum of the losses, and of the targets."""
         losses = self.losses(batch, noise)
-        sum(losses).backward()
+        (losses.actor + losses.qvalue + losses.alpha).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(*self._pairs, 1 - self.polyak)
+            torch._foreach_lerp_(self._followers, self._sources, 1 - self.polyak)
         return losses

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -40,9 +40,19 @@ def command_line(about: str, output: str, *, rounds: int = 5, threads: int = 2) 
         description=about.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=at_least_one, default=rounds, help=f"turns of every variant ({rounds})")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants, named as in the table")
     parser.add_argument("--threads", type=at_least_one, default=threads, help=f"of PyTorch ({threads})")
     parser.add_argument("--output", type=Path, default=RESULTS / output, help=f"CSV (recipes/results/{output})")
     return parser
+
+
+def chosen(names: Iterable[str], only: Sequence[str] | None) -> list[str]:
+    """The variants that ``--only`` names, all without it; an unknown one ends the process in one line."""
+    every = list(names)
+    for name in only or ():
+        if name not in every:
+            stop(f"--only {name!r}: must be among {', '.join(map(repr, every))}")
+    return every if only is None else list(only)
 
 
 def at_least_one(given: str) -> int:

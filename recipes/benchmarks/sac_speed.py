@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import baselines3
 import common
-import recipe_runs
 import sac_pmoe
 import stock
+import watched_runs
 from hydra.errors import HydraException
-from rounds import Claim, at_least_one, command_line, place, report, stop
-from workers import Turns, measure, start
+from rounds import Claim, at_least_one, chosen, command_line, place, report, stop
+from workers import Turns, measure, serve
 
 SB3, STOCK = "Stable-Baselines3", "TorchRL's parts in a loop"
 GRADIENT, CRITIC = "recipe, pmoe K=4, gradient-scored", "recipe, pmoe K=4, critic-scored max"
@@ -58,9 +58,9 @@ def train(args: argparse.Namespace, turns: Turns) -> None:
     if args.worker == SB3:
         baselines3.train_sac(args.env, RANDOM_FRAMES, turns)
         return
-    cfg = recipe_runs.resolve(sac_pmoe, overrides(args, RECIPE.get(args.worker, [])))
+    cfg = watched_runs.resolve(sac_pmoe, overrides(args, RECIPE.get(args.worker, [])))
     if args.worker in RECIPE:
-        recipe_runs.run(sac_pmoe, cfg, turns)
+        watched_runs.run(sac_pmoe, cfg, turns)
         return
     common.prepare_torch(cfg)
     for frames in stock.train_sac(common.make_env(args.env, cfg.seed), RANDOM_FRAMES):
@@ -74,14 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--env", default="Walker2d-v4", help="Gymnasium id (Walker2d-v4)")
     parser.add_argument("--frames", type=at_least_one, default=400, help="of a turn (400)")
     parser.add_argument("--warm-up", type=at_least_one, default=400, help="frames before the first turn (400)")
-    names = (SB3, STOCK, *RECIPE)
-    args = start(parser, names, train, arguments)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(arguments)
+    if args.worker is not None:
+        serve(args, train)
     try:
-        recipe_runs.resolve(sac_pmoe, overrides(args, []))
+        watched_runs.resolve(sac_pmoe, overrides(args, []))
         common.make_gym(args.env).close()
     except (common.UsageError, HydraException) as error:
         stop(error)
-    found = measure(Path(__file__), names, arguments, args)
+    found = measure(Path(__file__), chosen((SB3, STOCK, *RECIPE), args.only), arguments, args)
     print(place(args.threads, args.rounds))
     report(found, unit="frames/s", base=SB3, claims=CLAIMS, output=args.output)
 

@@ -51,9 +51,9 @@ def sac_loss(
     return actor, loss
 
 
-def adam(loss: LossModule, **kwargs: float) -> torch.optim.Adam:
+def adam(loss: LossModule, eps: float = 1e-8) -> torch.optim.Adam:
     """Adam for everything that a loss trains."""
-    return torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=3e-4, fused=True, **kwargs)
+    return torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=3e-4, eps=eps, fused=True)
 
 
 def off_policy_update(loss: LossModule, optimizer: torch.optim.Optimizer, target: TargetNetUpdater) -> Update:
@@ -75,7 +75,13 @@ def train_sac(env: EnvBase, random_frames: int, batch_size: int = 256, buffer_si
     actor, loss = sac_loss(spec, observation_size)
     update = off_policy_update(loss, adam(loss), SoftUpdate(loss, eps=0.995))
     collector = Collector(
-        env, actor, frames_per_batch=1, total_frames=-1, init_random_frames=random_frames, device="cpu"
+        env,
+        actor,
+        frames_per_batch=1,
+        total_frames=-1,
+        init_random_frames=random_frames,
+        device="cpu",
+        auto_register_policy_transforms=False,
     )
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(buffer_size), batch_size=batch_size)
     frames = 0
@@ -114,7 +120,14 @@ def train_ppo(
     advantage = GAE(gamma=0.99, lmbda=0.95, value_network=critic)
     loss = ClipPPOLoss(actor, critic, clip_epsilon=0.2, normalize_advantage=True, entropy_bonus=False, critic_coeff=0.5)
     optimizer = adam(loss, eps=1e-5)
-    collector = Collector(env, actor, frames_per_batch=frames_per_batch, total_frames=-1, device="cpu")
+    collector = Collector(
+        env,
+        actor,
+        frames_per_batch=frames_per_batch,
+        total_frames=-1,
+        device="cpu",
+        auto_register_policy_transforms=False,
+    )
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(frames_per_batch),
         sampler=SamplerWithoutReplacement(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
 import raw_sac
-import recipe_runs
 import runs
 import sac_pmoe
 import stock
+import watched_runs
 from hydra.errors import HydraException
-from rounds import Claim, alternate, at_least_one, command_line, place, report, stop
+from rounds import Claim, alternate, at_least_one, chosen, command_line, place, report, stop
 
 OBSERVATION, ACTION, BATCH = 17, 6, 256
 BASE, GAUSSIAN, RAW = "TorchRL SACLoss + TanhNormal", "recipe, gaussian", "PyTorch alone"
@@ -90,7 +90,7 @@ def stock_update(device: str) -> stock.Update:
 
 def recipe_update(overrides: Sequence[str], device: str) -> stock.Update:
     """The recipe's own parts, made by its own builders."""
-    cfg = recipe_runs.resolve(sac_pmoe, [f"device={device}", *overrides])
+    cfg = watched_runs.resolve(sac_pmoe, [f"device={device}", *overrides])
     spec = Bounded(-1, 1, (ACTION,))
     actor = sac_pmoe.build_actor(cfg, spec, OBSERVATION)
     loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, OBSERVATION)).to(device)
@@ -110,22 +110,26 @@ def raw_batch(batch: TensorDict) -> raw_sac.Batch:
     )
 
 
-def make_updates(experts: Sequence[int], device: str, modes: Sequence[str]) -> Iterator[tuple[str, Update]]:
-    """Names and updates without arguments."""
+def make_updates(experts: Sequence[int], device: str) -> dict[str, Callable[[], Update]]:
+    """Names, and what builds an update without arguments."""
     batch = make_batch(device)
     plain = raw_batch(batch)
 
-    def on_copies(update: stock.Update) -> Update:
+    def build(make: Callable[[], stock.Update], through: Callable[[Any], Any]) -> Update:
+        update = through(make())
         # the loss writes priorities into what it is given
         return lambda: update(batch.copy())
 
-    for mode in modes:
-        through = torch.compile if mode == "compiled" else _unchanged
-        yield f"{BASE} ({mode})", on_copies(through(stock_update(device)))
-        raw = through(raw_sac.RawSAC(OBSERVATION, ACTION, device=device).update)
-        yield f"{RAW} ({mode})", partial(raw, plain)
+    def build_raw(through: Callable[[Any], Any]) -> Update:
+        return partial(through(raw_sac.RawSAC(OBSERVATION, ACTION, device=device).update), plain)
+
+    updates: dict[str, Callable[[], Update]] = {}
+    for mode, through in (("eager", _unchanged), ("compiled", torch.compile)):
+        updates[f"{BASE} ({mode})"] = partial(build, partial(stock_update, device), through)
+        updates[f"{RAW} ({mode})"] = partial(build_raw, through)
         for name, overrides in recipe_options(experts).items():
-            yield f"{name} ({mode})", on_copies(through(recipe_update(overrides, device)))
+            updates[f"{name} ({mode})"] = partial(build, partial(recipe_update, overrides, device), through)
+    return updates
 
 
 def _unchanged(update: Any) -> Any:
@@ -160,18 +164,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--block", type=at_least_one, default=20, help="updates in a row, a round and variant (20)")
     parser.add_argument("--experts", type=at_least_one, nargs="+", default=[1, 4, 32], help="K (1 4 32)")
     parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES), help="(eager compiled)")
+    parser.add_argument("--compile-all", action="store_true", help="those that no claim is made for, too")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
     # the target updater is stepped by hand
     warnings.filterwarnings("ignore", message="No target network updater")
+    # tensordict and the compiler, about what neither of them can change
+    warnings.filterwarnings("ignore", module="torch._dynamo|tensordict|torch._inductor")
     try:
-        common.prepare_torch(recipe_runs.resolve(sac_pmoe, [f"device={args.device}"]))
+        common.prepare_torch(watched_runs.resolve(sac_pmoe, [f"device={args.device}"]))
     except (common.UsageError, HydraException) as error:
         stop(error)
     torch.set_num_threads(args.threads)
-    updates = dict(make_updates(args.experts, args.device, args.modes))
-    for update in tqdm(updates.values(), desc="warming up and compiling", unit="variant"):
-        timed(update, max(3, args.block), args.device)
+    builders = make_updates(args.experts, args.device)
+    names = [name for name in builders if any(mode in name for mode in args.modes)]
+    if not args.compile_all:
+        slow = tuple(f"{backprop} (compiled)" for backprop in ("routed", "all", "weighted"))
+        slow += tuple(f"{critic_scored(k, 'max')} (compiled)" for k in args.experts if k != 4)
+        names = [name for name in names if not name.endswith(slow)]
+    updates: dict[str, Update] = {}
+    with tqdm(chosen(names, args.only), desc="warming up and compiling", unit="variant") as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            updates[name] = builders[name]()
+            timed(updates[name], max(3, args.block), args.device)
     found = alternate(
         {name: partial(timed, update, args.block, args.device) for name, update in updates.items()}, args.rounds
     )
@@ -179,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report(
         found,
         unit="ms",
-        base=f"{BASE} ({args.modes[0]})",
+        base=next((name for name in updates if name.startswith(BASE)), next(iter(updates))),
         claims=[claim for mode in args.modes for claim in claims(mode)],
         output=args.output,
     )

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import perf_counter
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from hydra.errors import HydraException
-from recipe_runs import Finished
 from rounds import alternate
 from tqdm import tqdm
+from watched_runs import Finished
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -131,24 +131,13 @@ class Worker:
         return pipe
 
 
-def start(
-    parser: argparse.ArgumentParser,
-    names: Sequence[str],
-    train: Callable[[argparse.Namespace, Turns], None],
-    arguments: Sequence[str] | None,
-) -> argparse.Namespace:
-    """Parse the command line; in a worker, train, and do not come back.
+def serve(args: argparse.Namespace, train: Callable[[argparse.Namespace, Turns], None]) -> NoReturn:
+    """Train as the worker ``args.worker``, and end the process.
 
     Args:
-        parser: of the script, with ``--frames``, ``--warm-up`` and ``--threads``.
-        names: the variants.
-        train: runs the variant ``args.worker`` and calls the turns with the number of frames after every batch.
-        arguments: of the command line.
+        args: of the script, with ``frames``, ``warm_up`` and ``threads``.
+        train: runs one variant and calls the turns with the number of frames after every batch.
     """
-    parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
-    args = parser.parse_intermixed_args(arguments)
-    if args.worker is None:
-        return args
     turns = Turns(args.warm_up, args.frames)
     torch.set_num_threads(args.threads)
     with suppress(Finished):
@@ -167,8 +156,8 @@ def measure(
     Args:
         script: of the benchmark.
         names: the variants.
-        arguments: as given to :func:`start`.
-        args: what it returned.
+        arguments: of the command line, ``None`` for those of the process.
+        args: what they say.
     """
     command = [str(script), *(sys.argv[1:] if arguments is None else arguments)]
     with ExitStack() as stack:
