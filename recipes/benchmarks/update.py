@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -82,20 +81,23 @@ def make_batch(device: str) -> TensorDict:
     )
 
 
-def stock_update(device: str) -> stock.Update:
+def stock_update(device: str, compiled: bool) -> stock.Update:
     """TorchRL's own components."""
     _, loss = stock.sac_loss(Bounded(-1, 1, (ACTION,)), OBSERVATION, device=device)
-    return stock.off_policy_update(loss, stock.adam(loss), SoftUpdate(loss, eps=0.995))
+    update = stock.off_policy_update(loss, stock.adam(loss), SoftUpdate(loss, eps=0.995))
+    return torch.compile(update) if compiled else update
 
 
-def recipe_update(overrides: Sequence[str], device: str) -> stock.Update:
+def recipe_update(overrides: Sequence[str], device: str, compiled: bool) -> stock.Update:
     """The recipe's own parts, made by its own builders."""
     cfg = watched_runs.resolve(sac_pmoe, [f"device={device}", *overrides])
     spec = Bounded(-1, 1, (ACTION,))
     actor = sac_pmoe.build_actor(cfg, spec, OBSERVATION)
     loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, OBSERVATION)).to(device)
     optimizer = runs.build_optimizer(cfg, loss, actor)
-    return stock.off_policy_update(loss, optimizer, SoftUpdate(loss, eps=cfg.optim.target_update_polyak))
+    target = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
+    update = stock.off_policy_update(loss, optimizer, target)
+    return torch.compile(update) if compiled else update
 
 
 def raw_batch(batch: TensorDict) -> raw_sac.Batch:
@@ -115,25 +117,23 @@ def make_updates(experts: Sequence[int], device: str) -> dict[str, Callable[[], 
     batch = make_batch(device)
     plain = raw_batch(batch)
 
-    def build(make: Callable[[], stock.Update], through: Callable[[Any], Any]) -> Update:
-        update = through(make())
+    def on_copies(make: Callable[[], stock.Update]) -> Update:
+        update = make()
         # the loss writes priorities into what it is given
         return lambda: update(batch.copy())
 
-    def build_raw(through: Callable[[Any], Any]) -> Update:
-        return partial(through(raw_sac.RawSAC(OBSERVATION, ACTION, device=device).update), plain)
+    def raw(compiled: bool) -> Update:
+        update = raw_sac.RawSAC(OBSERVATION, ACTION, device=device).update
+        return partial(torch.compile(update) if compiled else update, plain)
 
     updates: dict[str, Callable[[], Update]] = {}
-    for mode, through in (("eager", _unchanged), ("compiled", torch.compile)):
-        updates[f"{BASE} ({mode})"] = partial(build, partial(stock_update, device), through)
-        updates[f"{RAW} ({mode})"] = partial(build_raw, through)
+    for mode in MODES:
+        compiled = mode == "compiled"
+        updates[f"{BASE} ({mode})"] = partial(on_copies, partial(stock_update, device, compiled))
+        updates[f"{RAW} ({mode})"] = partial(raw, compiled)
         for name, overrides in recipe_options(experts).items():
-            updates[f"{name} ({mode})"] = partial(build, partial(recipe_update, overrides, device), through)
+            updates[f"{name} ({mode})"] = partial(on_copies, partial(recipe_update, overrides, device, compiled))
     return updates
-
-
-def _unchanged(update: Any) -> Any:
-    return update
 
 
 def timed(update: Update, block: int, device: str) -> float:
