@@ -19,7 +19,7 @@ from typing import IO, Any, NoReturn
 
 import torch
 from hydra.errors import HydraException
-from rounds import alternate
+from rounds import alternate, stop
 from tqdm import tqdm
 from watched_runs import Finished
 
@@ -32,6 +32,10 @@ READY, REFUSED, SPEED, GO = "ready", "refused", "speed", "go"
 
 class MissingPackage(Exception):
     """A comparison needs a package that is not installed: one line that says how to install it."""
+
+
+class WorkerLost(Exception):
+    """A training ended by itself; what it had to say is on stderr."""
 
 
 class Turns:
@@ -122,7 +126,7 @@ class Worker:
     def _read(self) -> str:
         line = self._pipe(self._process.stdout).readline().strip()
         if not line:
-            raise RuntimeError(f"{self.name}: the training ended with status {self._process.wait()}")
+            raise WorkerLost(f"{self.name}: the training ended by itself, with status {self._process.wait()}")
         return line
 
     @staticmethod
@@ -140,7 +144,7 @@ def serve(args: argparse.Namespace, train: Callable[[argparse.Namespace, Turns],
     """
     turns = Turns(args.warm_up, args.frames)
     torch.set_num_threads(args.threads)
-    with suppress(Finished):
+    with suppress(Finished, KeyboardInterrupt):
         try:
             train(args, turns)
         except (UsageError, HydraException, MissingPackage) as error:
@@ -160,6 +164,15 @@ def measure(
         args: what they say.
     """
     command = [str(script), *(sys.argv[1:] if arguments is None else arguments)]
+    try:
+        return _take_turns(command, names, args)
+    except WorkerLost as error:
+        stop(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _take_turns(command: Sequence[str], names: Sequence[str], args: argparse.Namespace) -> dict[str, list[float]]:
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         # one after the other, so that no warm-up takes another's processor

@@ -216,21 +216,35 @@ from common import UsageError
 def train(args, turns):
     if args.worker == "refused":
         raise UsageError("why\\nit cannot run")
+    if args.worker == "broken":
+        sys.exit(3)
     print("said on the way")
     for frames in range(0, 10_000, 10):
         turns(frames)
 
 args = argparse.Namespace(rounds=3, frames=25, warm_up=15, threads=1, worker=sys.argv[-1])
-if args.worker != "parent":
+if "--worker" in sys.argv:
     serve(args, train)
-print(measure(Path(__file__), ["timed", "refused"], [], args))
+print(measure(Path(__file__), sys.argv[1].split(","), [], args))
 """
 
 
-def test_worker_that_cannot_run_is_left_out_with_the_reason(tmp_path):
-    script = tmp_path / "script.py"
+def _measure_workers(directory, names):
+    script = directory / "script.py"
     script.write_text(WORKERS.format(benchmarks=str(RECIPES / "benchmarks")))
-    done = subprocess.run([sys.executable, str(script), "parent"], capture_output=True, text=True, check=True)
+    return subprocess.run([sys.executable, str(script), names], capture_output=True, text=True, check=False)
+
+
+def test_worker_that_breaks_ends_the_comparison_in_one_line(tmp_path):
+    done = _measure_workers(tmp_path, "broken")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "error: broken: the training ended by itself, with status 3"
+
+
+def test_worker_that_cannot_run_is_left_out_with_the_reason(tmp_path):
+    done = _measure_workers(tmp_path, "timed,refused")
+    assert done.returncode == 0, done.stderr
     found = ast.literal_eval(done.stdout)
     assert list(found) == ["timed"]
     assert len(found["timed"]) == 3
