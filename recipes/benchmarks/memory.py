@@ -117,7 +117,7 @@ def measure(cfg: DictConfig, args: argparse.Namespace) -> tuple[dict[str, list[f
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, keep the figures."""
-    parser = command_line(__doc__, "memory.csv")
+    parser = command_line(__doc__, "memory.csv", variants=False)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of recipes/sac_pmoe.py")
     parser.add_argument("--observation-size", type=at_least_one, default=17, help="(17, Walker2d)")
     parser.add_argument("--action-size", type=at_least_one, default=6, help="(6, Walker2d)")

@@ -32,8 +32,8 @@ BACKENDS = ("serial", "parallel", "envpool", "mjx")
 POLICIES = {
     "gaussian": ["policy=gaussian"],
     "pmoe": ["policy=pmoe"],
-    "pmoe, frequency": ["scoring=frequency"],
-    "pmoe, critic-scored": ["scoring=critic"],
+    "pmoe-frequency": ["scoring=frequency"],
+    "pmoe-critic": ["scoring=critic"],
 }
 DEFAULT_POLICIES = ("gaussian", "pmoe")
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of recipes/ppo_pmoe.py")
     parser.add_argument("--env", default="HalfCheetah-v4", help="Gymnasium id (HalfCheetah-v4)")
     parser.add_argument("--num-envs", type=at_least_one, default=1, help="of every variant (1)")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="collector.backend (the recipe's own)")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="collector.backend (the recipe's choice)")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=DEFAULT_POLICIES, help="(gaussian pmoe)")
     parser.add_argument("--frames", type=at_least_one, default=2048, help="of a turn, at least (2048)")
     parser.add_argument("--warm-up", type=at_least_one, default=2048, help="frames before the first turn (2048)")

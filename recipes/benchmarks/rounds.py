@@ -26,7 +26,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "mujoco", "stable-baselines3")
 
 
-def command_line(about: str, output: str, *, rounds: int = 5, threads: int = 2) -> argparse.ArgumentParser:
+def command_line(
+    about: str, output: str, *, rounds: int = 5, threads: int = 2, variants: bool = True
+) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has.
 
     Args:
@@ -34,13 +36,15 @@ def command_line(about: str, output: str, *, rounds: int = 5, threads: int = 2) 
         output: name of the CSV beside the other results.
         rounds: default of ``--rounds``.
         threads: default of ``--threads``.
+        variants: whether there are some to choose from (``--only``, see :func:`chosen`).
     """
     # argparse would take the percent signs of a docstring for its own
     parser = argparse.ArgumentParser(
         description=about.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=at_least_one, default=rounds, help=f"turns of every variant ({rounds})")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants, named as in the table")
+    if variants:
+        parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants, named as in the table")
     parser.add_argument("--threads", type=at_least_one, default=threads, help=f"of PyTorch ({threads})")
     parser.add_argument("--output", type=Path, default=RESULTS / output, help=f"CSV (recipes/results/{output})")
     return parser

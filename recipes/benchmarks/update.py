@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import LossModule, SoftUpdate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -32,6 +34,8 @@ import stock
 import watched_runs
 from hydra.errors import HydraException
 from rounds import Claim, alternate, at_least_one, chosen, command_line, place, report, stop
+
+from torchrl_pmoe.trainers import MeanLossStepper
 
 OBSERVATION, ACTION, BATCH = 17, 6, 256
 BASE, GAUSSIAN, RAW = "TorchRL SACLoss + TanhNormal", "recipe, gaussian", "PyTorch alone"
@@ -96,8 +100,28 @@ def recipe_update(overrides: Sequence[str], device: str, compiled: bool) -> stoc
     loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, OBSERVATION)).to(device)
     optimizer = runs.build_optimizer(cfg, loss, actor)
     target = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
-    update = stock.off_policy_update(loss, optimizer, target)
-    return torch.compile(update) if compiled else update
+    if compiled:
+        return torch.compile(stock.off_policy_update(loss, optimizer, target))
+    stepper, trainer = MeanLossStepper(), stand_in(loss, optimizer)
+
+    def update(batch: TensorDictBase) -> None:
+        stepper.step(trainer, batch)
+        target.step()
+
+    return update
+
+
+def stand_in(loss: LossModule, optimizer: torch.optim.Optimizer) -> Any:
+    """What a stepper asks of a ``Trainer``, without hooks, collector or gradient clipping."""
+    return SimpleNamespace(
+        loss_module=loss,
+        compute_loss=loss,
+        optimizer=optimizer,
+        clip_norm=None,
+        _process_loss_ops=[],
+        _post_loss_hook=lambda batch: None,
+        _process_loss_hook=lambda batch, losses: losses,
+    )
 
 
 def raw_batch(batch: TensorDict) -> raw_sac.Batch:

@@ -17,6 +17,8 @@ from torchrl.objectives import SoftUpdate
 
 sys.path.insert(0, str(RECIPES / "benchmarks"))
 
+import baselines3
+import common
 import memory
 import ppo_speed
 import profile_frame
@@ -26,6 +28,8 @@ import sac_pmoe
 import sac_speed
 import stock
 import update
+from watched_runs import Finished
+from workers import MissingPackage
 
 OBSERVATION, ACTION, BATCH, CELLS = 5, 2, 32, (16, 16)
 SMALL = ["env=Pendulum-v1", "total_frames=1000", "network.hidden_sizes=[16,16]"]
@@ -148,6 +152,44 @@ def test_clock_counts_a_part_without_the_parts_it_calls_and_puts_classes_back(mo
         profile_frame.REST: 1,
     }
     assert Outer.work is own
+
+
+class _Until:
+    """Ends a training after so many frames."""
+
+    def __init__(self, frames):
+        self.frames, self.seen = frames, []
+
+    def __call__(self, frames):
+        self.seen.append(frames)
+        if frames >= self.frames:
+            raise Finished
+
+
+def test_plain_loop_makes_one_update_a_frame_once_the_random_frames_are_over(monkeypatch):
+    updates = []
+    monkeypatch.setattr(stock, "off_policy_update", lambda *args: updates.append)
+    frames = stock.train_sac(common.make_env("Pendulum-v1", 0), random_frames=5, batch_size=4, buffer_size=100)
+    assert [next(frames) for _ in range(12)] == list(range(1, 13))
+    assert len(updates) == 8
+    assert all(batch.batch_size == (4,) for batch in updates)
+    # what the recipe stores, and the index that the buffer itself writes
+    assert set(updates[0].keys(True, True)) - {"index"} == set(sac_pmoe.STORED)
+
+
+@pytest.mark.parametrize(("train", "frames"), [("train_sac", 1), ("train_ppo", 2048)])
+def test_stable_baselines3_reports_its_frames(train, frames):
+    pytest.importorskip("stable_baselines3")
+    turns = _Until(frames)
+    with pytest.raises(Finished):
+        getattr(baselines3, train)("Pendulum-v1", 1, turns)
+    assert turns.seen[-1] == frames
+
+
+def test_missing_stable_baselines3_is_one_line_that_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(MissingPackage, match=r"pip install 'torchrl_pmoe\[benchmarks\]'"):
+        baselines3.train_sac("Pendulum-v1", 1, _Until(1))
 
 
 def _rows(path):
