@@ -19,7 +19,7 @@ def _library() -> Any:
     try:
         import stable_baselines3
     except ImportError as error:
-        raise MissingPackage(f"pip install 'torchrl_pmoe[benchmarks]' brings what it needs ({error})") from error
+        raise MissingPackage(f"pip install -e '.[benchmarks]' brings what it needs ({error})") from error
     return stable_baselines3
 
 

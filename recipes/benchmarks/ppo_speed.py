@@ -82,7 +82,7 @@ def train(args: argparse.Namespace, turns: Turns) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, keep the raw figures."""
-    parser = command_line(__doc__, "ppo_speed.csv")
+    parser = command_line(__doc__, "ppo_speed.csv", rounds=7)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of recipes/ppo_pmoe.py")
     parser.add_argument("--env", default="HalfCheetah-v4", help="Gymnasium id (HalfCheetah-v4)")
     parser.add_argument("--num-envs", type=at_least_one, default=1, help="of every variant (1)")

@@ -69,11 +69,11 @@ def train(args: argparse.Namespace, turns: Turns) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, keep the raw figures."""
-    parser = command_line(__doc__, "sac_speed.csv")
+    parser = command_line(__doc__, "sac_speed.csv", rounds=11)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of recipes/sac_pmoe.py")
     parser.add_argument("--env", default="Walker2d-v4", help="Gymnasium id (Walker2d-v4)")
-    parser.add_argument("--frames", type=at_least_one, default=400, help="of a turn (400)")
-    parser.add_argument("--warm-up", type=at_least_one, default=400, help="frames before the first turn (400)")
+    parser.add_argument("--frames", type=at_least_one, default=150, help="of a turn (150)")
+    parser.add_argument("--warm-up", type=at_least_one, default=300, help="frames before the first turn (300)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(arguments)
     if args.worker is not None:

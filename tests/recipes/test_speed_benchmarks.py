@@ -188,7 +188,7 @@ def test_stable_baselines3_reports_its_frames(train, frames):
 
 def test_missing_stable_baselines3_is_one_line_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'torchrl_pmoe\[benchmarks\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install -e '\.\[benchmarks\]'"):
         baselines3.train_sac("Pendulum-v1", 1, _Until(1))
 
 
