@@ -1,87 +1,109 @@
-"""Training frames per second of the PPO recipe, mixture over Gaussian.
+"""Training frames per second of PPO, end to end, against Stable-Baselines3 and TorchRL's own parts in a plain loop.
 
-    python recipes/benchmarks/ppo_speed.py
+    python recipes/benchmarks/ppo_speed.py --num-envs 8 --backends serial envpool
 
-Every figure is a whole run of ``recipes/ppo_pmoe.py`` on HalfCheetah-v4 with the recipe's own settings, K=8, one
-thread; evaluation and start are not counted. The variants take turns, so that a change in the machine's speed hits all
-of them; the figures are medians over the rounds.
+Batches of 2,048 frames, 32 minibatches of 64, 10 epochs, tanh networks of 2 x 64, no evaluation; the recipe normalises
+observations and rewards, the other two do not. A turn is a whole number of batches. Every variant is a process of its
+own that is warm before its first turn; they take turns, and the figures are medians over the rounds. A backend that the
+recipe refuses is left out, with the reason. Keys of the recipe may follow, for all of its variants.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
-import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
-import torch
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-RECIPE = Path(__file__).parents[1] / "ppo_pmoe.py"
-RESULTS = Path(__file__).parents[1] / "results" / "ppo_speed.csv"
-VARIANTS = {
+import baselines3
+import common
+import ppo_pmoe
+import stock
+import watched_runs
+from gymnasium.wrappers import ClipAction
+from hydra.errors import HydraException
+from rounds import Claim, at_least_one, chosen, command_line, place, report, stop
+from workers import Turns, measure, serve
+
+SB3, STOCK = "Stable-Baselines3", "TorchRL's parts in a loop"
+BACKENDS = ("serial", "parallel", "envpool", "mjx")
+POLICIES = {
     "gaussian": ["policy=gaussian"],
-    "responsibility": ["scoring=responsibility"],
-    "frequency": ["scoring=frequency"],
-    "critic": ["scoring=critic"],
+    "pmoe": ["policy=pmoe"],
+    "pmoe-frequency": ["scoring=frequency"],
+    "pmoe-critic": ["scoring=critic"],
 }
+DEFAULT_POLICIES = ("gaussian", "pmoe")
 
 
-def frames_per_second(options: list[str], frames: int, threads: int) -> float:
-    """Of one run."""
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = [
-            "env=HalfCheetah-v4",
-            "num_experts=8",
-            f"total_frames={frames}",
-            f"logger.eval_interval={10 * frames}",
-            "logger.eval_episodes=1",
-            "logger.rank_states=0",
-            "logger.progress_bar=false",
-            f"hydra.run.dir={directory}",
-            *options,
-        ]
-        subprocess.run(
-            [sys.executable, str(RECIPE), *arguments],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
-        with (Path(directory) / "metrics.csv").open(newline="") as file:
-            return float(list(csv.DictReader(file))[-1]["frames_per_second"])
+def variant(policy: str, backend: str | None) -> str:
+    """Name of one of the recipe's variants; ``None`` is the recipe's own choice of backend."""
+    return f"recipe, {policy}" if backend is None else f"recipe, {policy}, {backend}"
 
 
-def main() -> None:
+def overrides(args: argparse.Namespace, options: Sequence[str], backend: str | None) -> list[str]:
+    """Keys of the recipe for one variant."""
+    return [
+        f"env={args.env}",
+        "device=cpu",
+        f"optim.num_threads={args.threads}",
+        f"collector.num_envs={args.num_envs}",
+        "logger.rank_states=0",
+        *([] if backend is None else [f"collector.backend={backend}"]),
+        *options,
+        *args.overrides,
+    ]
+
+
+def recipe_variants(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The recipe's variants, by name, as keys of its config."""
+    return {
+        variant(policy, backend): overrides(args, POLICIES[policy], backend)
+        for backend in args.backends or [None]
+        for policy in args.policies
+    }
+
+
+def train(args: argparse.Namespace, turns: Turns) -> None:
+    """The training that ``--worker`` names."""
+    if args.worker == SB3:
+        baselines3.train_ppo(args.env, args.num_envs, turns)
+        return
+    if args.worker == STOCK:
+        common.prepare_torch(watched_runs.resolve(ppo_pmoe, overrides(args, [], None)))
+        env = common.make_env(args.env, 0, args.num_envs, ClipAction)
+        for frames in stock.train_ppo(env):
+            turns(frames)
+        return
+    watched_runs.run(ppo_pmoe, watched_runs.resolve(ppo_pmoe, recipe_variants(args)[args.worker]), turns)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, keep the raw figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--frames", type=int, default=8192, help="of one run")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--csv", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    if min(args.rounds, args.frames, args.threads) < 1:
-        parser.error("--rounds, --frames and --threads must be at least 1")
-    found: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    with tqdm(total=args.rounds * len(VARIANTS), unit="run") as bar:
-        for _ in range(args.rounds):
-            for name, options in VARIANTS.items():
-                found[name].append(frames_per_second(options, args.frames, args.threads))
-                bar.update()
-    where = platform.processor() or platform.machine()
-    print(f"{where}, {args.threads} thread(s), torch {torch.__version__}, medians of {args.rounds} rounds")
-    print("| policy | frames/s | over the Gaussian |\n|---|---|---|")
-    for name, values in found.items():
-        ratio = median(value / other for value, other in zip(values, found["gaussian"], strict=True))
-        print(f"| {name} | {median(values):.0f} | {ratio:.2f} |")
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", *(f"frames_per_second_{i}" for i in range(args.rounds))])
-        writer.writerows([name, *(f"{value:.1f}" for value in values)] for name, values in found.items())
+    parser = command_line(__doc__, "ppo_speed.csv", rounds=7)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of recipes/ppo_pmoe.py")
+    parser.add_argument("--env", default="HalfCheetah-v4", help="Gymnasium id (HalfCheetah-v4)")
+    parser.add_argument("--num-envs", type=at_least_one, default=1, help="of every variant (1)")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="collector.backend (the recipe's choice)")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=DEFAULT_POLICIES, help="(gaussian pmoe)")
+    parser.add_argument("--frames", type=at_least_one, default=2048, help="of a turn, at least (2048)")
+    parser.add_argument("--warm-up", type=at_least_one, default=2048, help="frames before the first turn (2048)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(arguments)
+    if args.worker is not None:
+        serve(args, train)
+    recipe = recipe_variants(args)
+    try:
+        watched_runs.resolve(ppo_pmoe, overrides(args, [], None))
+        common.make_gym(args.env).close()
+    except (common.UsageError, HydraException) as error:
+        stop(error)
+    found = measure(Path(__file__), chosen((SB3, STOCK, *recipe), args.only), arguments, args)
+    print(f"{args.env}, {args.num_envs} environment(s); {place(args.threads, args.rounds)}")
+    claims = [Claim(f"{name} over {SB3}", name, SB3, 1.0) for name in recipe]
+    report(found, unit="frames/s", base=SB3, claims=claims, output=args.output)
 
 
 if __name__ == "__main__":

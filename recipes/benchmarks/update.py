@@ -1,159 +1,221 @@
-"""Cost of one update with a mixture policy, as a ratio to TorchRL's own TanhNormal actor.
+"""Cost of one SAC update, with TorchRL's own TanhNormal actor as the measure.
 
     python recipes/benchmarks/update.py
 
 One update is loss, backward, Adam step and target update on a batch of 256, networks of 2 x 256, 17 observations and
-6 actions. The variants take turns, a block of updates each, so that a change in the machine's speed hits all of them;
-the figures are medians over the rounds.
+6 actions. Beside the recipe's policies stand TorchRL's unmodified parts and a hand-written update in PyTorch alone,
+each as written and under ``torch.compile``. The variants take turns, a block of updates each; medians over the rounds.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import platform
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule
-from torch import nn
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded
-from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import SACLoss, SoftUpdate
+from torchrl.objectives import LossModule, SoftUpdate
 from tqdm import tqdm
 
-from torchrl_pmoe import PMOEActor, PMOESACLoss
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-Backprop = Literal["max", "all", "routed", "weighted"]
-OBSERVATION, ACTION, BATCH, CELLS = 17, 6, 256, (256, 256)
-RESULTS = Path(__file__).parents[1] / "results" / "update.csv"
-
-
-def gaussian() -> ProbabilisticActor:
-    """TorchRL's own actor."""
-    mlp = MLP(in_features=OBSERVATION, out_features=2 * ACTION, num_cells=list(CELLS), activation_class=nn.ReLU)
-    return ProbabilisticActor(
-        TensorDictModule(nn.Sequential(mlp, NormalParamExtractor()), ["observation"], ["loc", "scale"]),
-        in_keys=["loc", "scale"],
-        spec=Bounded(-1, 1, (ACTION,)),
-        distribution_class=TanhNormal,
-    )
+import common
+import raw_sac
+import runs
+import sac_pmoe
+import stock
+import watched_runs
+from hydra.errors import HydraException
+from rounds import Claim, alternate, at_least_one, chosen, command_line, place, report, stop
 
 
-def pmoe(num_experts: int) -> PMOEActor:
-    """A mixture actor of the same trunk."""
-    return PMOEActor(num_experts, spec=Bounded(-1, 1, (ACTION,)), in_features=OBSERVATION, num_cells=CELLS)
+OBSERVATION, ACTION, BATCH = 17, 6, 256
+BASE, GAUSSIAN, RAW = "TorchRL SACLoss + TanhNormal", "recipe, gaussian", "PyTorch alone"
+MODES = ("eager", "compiled")
+BACKPROPS = {
+    "max": "routing=frequency",
+    "routed": "routing=frequency",
+    "all": "routing=frequency",
+    "weighted": "routing=soft_frequency",
+}
+Update = Callable[[], object]
 
 
-def make_update(actor: ProbabilisticActor, backprop: Backprop | None, device: str) -> Callable[[], None]:
-    """One update as a function; ``backprop=None`` takes TorchRL's unmodified ``SACLoss``."""
-    critic = ValueOperator(
-        MLP(in_features=OBSERVATION + ACTION, out_features=1, num_cells=list(CELLS), activation_class=nn.ReLU),
-        in_keys=["observation", "action"],
-    )
-    kwargs: dict[str, Any] = {"loss_function": "l2"}
-    if backprop is None:
-        loss: SACLoss = SACLoss(actor, critic, **kwargs)
-    else:
-        routing = "soft_frequency" if backprop == "weighted" else "frequency"
-        loss = PMOESACLoss(actor, critic, routing=routing, backprop=backprop, **kwargs)
-    loss.make_value_estimator(gamma=0.99)
-    loss.to(device)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4, fused=True)
-    target = SoftUpdate(loss, eps=0.995)
-    no = torch.zeros(BATCH, 1, dtype=torch.bool)
-    batch = TensorDict(
+def gradient_scored(num_experts: int) -> str:
+    """Name of the recipe's ``SACLoss`` + ``PMOEActor``."""
+    return f"SACLoss + PMOEActor, K={num_experts}"
+
+
+def critic_scored(num_experts: int, backprop: str) -> str:
+    """Name of the recipe's ``PMOESACLoss``."""
+    return f"PMOESACLoss, K={num_experts}, {backprop}"
+
+
+def recipe_options(experts: Sequence[int]) -> dict[str, list[str]]:
+    """The recipe's variants, by name, as keys of its config."""
+    options = {GAUSSIAN: ["policy=gaussian"]}
+    for k in experts:
+        options[gradient_scored(k)] = [f"num_experts={k}", "scoring=gradient"]
+        for backprop, routing in BACKPROPS.items():
+            if k == 4 or backprop == "max":
+                options[critic_scored(k, backprop)] = [f"num_experts={k}", f"backprop={backprop}", routing]
+    return options
+
+
+def make_batch(device: str) -> TensorDict:
+    """Random transitions of the recipe's form."""
+    none = torch.zeros(BATCH, 1, dtype=torch.bool)
+    following = {"observation": torch.randn(BATCH, OBSERVATION), "reward": torch.randn(BATCH, 1)}
+    return TensorDict(
         {
             "observation": torch.randn(BATCH, OBSERVATION),
             "action": torch.rand(BATCH, ACTION) * 2 - 1,
-            "next": {
-                "observation": torch.randn(BATCH, OBSERVATION),
-                "reward": torch.randn(BATCH, 1),
-                "done": no,
-                "terminated": no,
-            },
+            "next": {**following, "done": none, "terminated": none.clone()},
         },
         batch_size=BATCH,
         device=device,
     )
 
-    def update() -> None:
-        losses = loss(batch.copy())
-        sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        target.step()
 
-    return update
+def stock_update(device: str, compiled: bool) -> stock.Update:
+    """TorchRL's own components."""
+    _, loss = stock.sac_loss(Bounded(-1, 1, (ACTION,)), OBSERVATION, device=device)
+    update = stock.off_policy_update(loss, stock.adam(loss), SoftUpdate(loss, eps=0.995))
+    return torch.compile(update) if compiled else update
 
 
-def measure(updates: dict[str, Callable[[], None]], rounds: int, block: int, device: str) -> dict[str, list[float]]:
-    """Seconds an update, per variant and round."""
-
-    def timed(update: Callable[[], None]) -> float:
-        start = perf_counter()
-        for _ in range(block):
-            update()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return (perf_counter() - start) / block
-
-    for update in updates.values():
-        timed(update)
-    seconds: dict[str, list[float]] = {name: [] for name in updates}
-    for _ in tqdm(range(rounds), unit="round"):
-        for name, update in updates.items():
-            seconds[name].append(timed(update))
-    return seconds
+def recipe_update(overrides: Sequence[str], device: str, compiled: bool) -> stock.Update:
+    """The recipe's own parts, made by its own builders."""
+    cfg = watched_runs.resolve(sac_pmoe, [f"device={device}", *overrides])
+    spec = Bounded(-1, 1, (ACTION,))
+    actor = sac_pmoe.build_actor(cfg, spec, OBSERVATION)
+    loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, OBSERVATION)).to(device)
+    optimizer = runs.build_optimizer(cfg, loss, actor)
+    target = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
+    cfg.compile.enabled = compiled
+    stepper, trainer = runs.build_stepper(cfg, 0, target), stand_in(loss, optimizer)
+    return lambda batch: stepper.step(trainer, batch)
 
 
-def main() -> None:
-    """Measure, print the table, keep the raw figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--block", type=int, default=20, help="updates in a row per round and variant")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+def stand_in(loss: LossModule, optimizer: torch.optim.Optimizer) -> Any:
+    """What a stepper asks of a ``Trainer``, without hooks, collector or gradient clipping."""
+    return SimpleNamespace(
+        loss_module=loss,
+        compute_loss=loss,
+        optimizer=optimizer,
+        clip_norm=None,
+        _process_loss_ops=[],
+        _post_loss_hook=lambda batch: None,
+        _process_loss_hook=lambda batch, losses: losses,
+    )
+
+
+def raw_batch(batch: TensorDict) -> raw_sac.Batch:
+    """The same transitions for the hand-written update."""
+    following = batch["next"]
+    return raw_sac.Batch(
+        batch["observation"],
+        batch["action"],
+        following["reward"].squeeze(-1),
+        following["observation"],
+        following["terminated"].squeeze(-1).to(torch.float32),
+    )
+
+
+def make_updates(experts: Sequence[int], device: str) -> dict[str, Callable[[], Update]]:
+    """Names, and what builds an update without arguments."""
+    batch = make_batch(device)
+    plain = raw_batch(batch)
+
+    def on_copies(make: Callable[[], stock.Update]) -> Update:
+        update = make()
+        # the loss writes priorities into what it is given
+        return lambda: update(batch.copy())
+
+    def raw(compiled: bool) -> Update:
+        update = raw_sac.RawSAC(OBSERVATION, ACTION, device=device).update
+        return partial(torch.compile(update) if compiled else update, plain)
+
+    updates: dict[str, Callable[[], Update]] = {}
+    for mode in MODES:
+        compiled = mode == "compiled"
+        updates[f"{BASE} ({mode})"] = partial(on_copies, partial(stock_update, device, compiled))
+        updates[f"{RAW} ({mode})"] = partial(raw, compiled)
+        for name, overrides in recipe_options(experts).items():
+            updates[f"{name} ({mode})"] = partial(on_copies, partial(recipe_update, overrides, device, compiled))
+    return updates
+
+
+def timed(update: Update, block: int, device: str) -> float:
+    """Milliseconds an update, over ``block`` in a row."""
+    start = perf_counter()
+    for _ in range(block):
+        update()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return 1e3 * (perf_counter() - start) / block
+
+
+def claims(mode: str) -> list[Claim]:
+    """What is asked of the costs."""
+    four, one, many = (f"{gradient_scored(k)} ({mode})" for k in (4, 1, 32))
+    best, gaussian, stock_eager = f"{critic_scored(4, 'max')} ({mode})", f"{GAUSSIAN} ({mode})", f"{BASE} (eager)"
+    return [
+        Claim(f"rate of {four} over {stock_eager}", stock_eager, four, 1.3),
+        Claim(f"rate of {one} over {stock_eager}", stock_eager, one, 1.3),
+        Claim(f"cost of {best} over {gaussian}", best, gaussian, 1.5, at_least=False),
+        Claim(f"cost of {many} over {one}", many, one, 1.5, at_least=False),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, keep the raw figures."""
+    parser = command_line(__doc__, "update.csv", rounds=9)
+    parser.add_argument("--block", type=at_least_one, default=20, help="updates in a row, a round and variant (20)")
+    parser.add_argument("--experts", type=at_least_one, nargs="+", default=[1, 4, 32], help="K (1 4 32)")
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES), help="(eager compiled)")
+    parser.add_argument("--compile-all", action="store_true", help="those that no claim is made for, too")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--csv", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    # the target updater is stepped by hand, and TorchRL would check every distribution's parameters
+    args = parser.parse_args(arguments)
+    # the target updater is stepped by hand
     warnings.filterwarnings("ignore", message="No target network updater")
-    torch.distributions.Distribution.set_default_validate_args(False)
+    # tensordict and the compiler, about what neither of them can change
+    warnings.filterwarnings("ignore", module="torch._dynamo|tensordict|torch._inductor")
+    try:
+        common.prepare_torch(watched_runs.resolve(sac_pmoe, [f"device={args.device}"]))
+    except (common.UsageError, HydraException) as error:
+        stop(error)
     torch.set_num_threads(args.threads)
-
-    variants: dict[str, tuple[Callable[[], ProbabilisticActor], Backprop | None]] = {
-        "SACLoss, TanhNormal": (gaussian, None),
-        "SACLoss, PMOEActor K=4 (gradient-scored)": (partial(pmoe, 4), None),
-        "PMOESACLoss, K=4, frequency / max": (partial(pmoe, 4), "max"),
-        "PMOESACLoss, K=4, frequency / routed": (partial(pmoe, 4), "routed"),
-        "PMOESACLoss, K=4, frequency / all": (partial(pmoe, 4), "all"),
-        "PMOESACLoss, K=4, soft frequency / weighted": (partial(pmoe, 4), "weighted"),
-    }
-    for k in (1, 2, 8, 16, 32):
-        variants[f"SACLoss, PMOEActor K={k} (gradient-scored)"] = (partial(pmoe, k), None)
-        variants[f"PMOESACLoss, K={k}, frequency / max"] = (partial(pmoe, k), "max")
-    updates = {name: make_update(actor(), backprop, args.device) for name, (actor, backprop) in variants.items()}
-    seconds = measure(updates, args.rounds, args.block, args.device)
-
-    base = seconds["SACLoss, TanhNormal"]
-    where = torch.cuda.get_device_name() if args.device != "cpu" else platform.processor() or platform.machine()
-    print(f"{where}, {args.threads} threads, torch {torch.__version__}, medians of {args.rounds} rounds")
-    print("| update | ms | ratio |\n|---|---|---|")
-    for name, values in seconds.items():
-        ratio = median(value / reference for value, reference in zip(values, base, strict=True))
-        print(f"| {name} | {1e3 * median(values):.2f} | {ratio:.2f} |")
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", *(f"ms_{i}" for i in range(args.rounds))])
-        writer.writerows([name, *(f"{1e3 * value:.3f}" for value in values)] for name, values in seconds.items())
+    builders = make_updates(args.experts, args.device)
+    names = [name for name in builders if any(mode in name for mode in args.modes)]
+    if not args.compile_all:
+        slow = tuple(f"{backprop} (compiled)" for backprop in ("routed", "all", "weighted"))
+        slow += tuple(f"{critic_scored(k, 'max')} (compiled)" for k in args.experts if k != 4)
+        names = [name for name in names if not name.endswith(slow)]
+    updates: dict[str, Update] = {}
+    with tqdm(chosen(names, args.only), desc="warming up and compiling", unit="variant") as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            updates[name] = builders[name]()
+            timed(updates[name], max(3, args.block), args.device)
+    found = alternate(
+        {name: partial(timed, update, args.block, args.device) for name, update in updates.items()}, args.rounds
+    )
+    print(place(args.threads, args.rounds, args.device))
+    report(
+        found,
+        unit="ms",
+        base=next((name for name in updates if name.startswith(BASE)), next(iter(updates))),
+        claims=[claim for mode in args.modes for claim in claims(mode)],
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Training frames per second of SAC, end to end, against Stable-Baselines3 and TorchRL's own parts in a plain loop.
+
+    python recipes/benchmarks/sac_speed.py
+
+One environment, one update of batch 256 a frame, networks of 2 x 256, no evaluation. Every variant is a process of its
+own that is warm before its first turn; they take turns, and the figures are medians over the rounds. Keys of the recipe
+may follow, for all of its variants:
+
+    python recipes/benchmarks/sac_speed.py --env HalfCheetah-v4 compile.enabled=true
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import baselines3
+import common
+import sac_pmoe
+import stock
+import watched_runs
+from hydra.errors import HydraException
+from rounds import Claim, at_least_one, chosen, command_line, place, report, stop
+from workers import Turns, measure, serve
+
+SB3, STOCK = "Stable-Baselines3", "TorchRL's parts in a loop"
+GRADIENT, CRITIC = "recipe, pmoe K=4, gradient-scored", "recipe, pmoe K=4, critic-scored max"
+RECIPE = {
+    "recipe, gaussian": ["policy=gaussian"],
+    GRADIENT: ["num_experts=4", "scoring=gradient"],
+    CRITIC: ["num_experts=4", "scoring=critic", "routing=frequency", "backprop=max"],
+}
+CLAIMS = (
+    Claim(f"{GRADIENT} over {SB3}", GRADIENT, SB3, 1.0),
+    Claim(f"{CRITIC} over {SB3}", CRITIC, SB3, 0.75),
+)
+RANDOM_FRAMES = 200
+
+
+def overrides(args: argparse.Namespace, options: Sequence[str]) -> list[str]:
+    """Keys of the recipe for one variant."""
+    return [
+        f"env={args.env}",
+        "device=cpu",
+        f"optim.num_threads={args.threads}",
+        f"collector.init_random_frames={RANDOM_FRAMES}",
+        *options,
+        *args.overrides,
+    ]
+
+
+def train(args: argparse.Namespace, turns: Turns) -> None:
+    """The training that ``--worker`` names."""
+    if args.worker == SB3:
+        baselines3.train_sac(args.env, RANDOM_FRAMES, turns)
+        return
+    cfg = watched_runs.resolve(sac_pmoe, overrides(args, RECIPE.get(args.worker, [])))
+    if args.worker in RECIPE:
+        watched_runs.run(sac_pmoe, cfg, turns)
+        return
+    common.prepare_torch(cfg)
+    for frames in stock.train_sac(common.make_env(args.env, cfg.seed), RANDOM_FRAMES):
+        turns(frames)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table, keep the raw figures."""
+    parser = command_line(__doc__, "sac_speed.csv", rounds=11)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of recipes/sac_pmoe.py")
+    parser.add_argument("--env", default="Walker2d-v4", help="Gymnasium id (Walker2d-v4)")
+    parser.add_argument("--frames", type=at_least_one, default=150, help="of a turn (150)")
+    parser.add_argument("--warm-up", type=at_least_one, default=300, help="frames before the first turn (300)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(arguments)
+    if args.worker is not None:
+        serve(args, train)
+    try:
+        watched_runs.resolve(sac_pmoe, overrides(args, []))
+        common.make_gym(args.env).close()
+    except (common.UsageError, HydraException) as error:
+        stop(error)
+    found = measure(Path(__file__), chosen((SB3, STOCK, *RECIPE), args.only), arguments, args)
+    print(place(args.threads, args.rounds))
+    report(found, unit="frames/s", base=SB3, claims=CLAIMS, output=args.output)
+
+
+if __name__ == "__main__":
+    main()
