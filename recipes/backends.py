@@ -58,7 +58,8 @@ def resolve(cfg: DictConfig) -> None:
 def describe(cfg: DictConfig) -> str:
     """How many environments there are, and where they run."""
     number = cfg.collector.num_envs
-    return f"{number} environment{'s' * (number > 1)}, collector.backend={cfg.collector.backend}"
+    line = f"{number} environment{'s' * (number > 1)}"
+    return line if cfg.collector.backend is None else f"{line}, collector.backend={cfg.collector.backend}"
 
 
 def make_env(cfg: DictConfig, wrap: Callable[[gym.Env], gym.Env] = lambda env: env) -> EnvBase:

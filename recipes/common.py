@@ -23,7 +23,7 @@ from policies import UNIMODAL
 from rules import Rule, choice, device, either, flag, integer, mapping, number, text, widths
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
+from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, ParallelEnv, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.envs.physics import quiet_mujoco
 from torchrl_pmoe.trainers import NonFiniteError
@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
     "compile.enabled": either(flag(), None),
     "compile.cudagraphs": flag(),
     "collector.num_envs": integer(1),
+    "collector.backend": either(choice("serial", "parallel", "envpool", "mjx"), None),
     "loss.routing_coef": number(at_least=0),
     "loss.routing_loss": choice("brier", "log"),
     "loss.num_proposals": integer(1),
@@ -296,21 +297,27 @@ def make_env(
     num_envs: int = 1,
     wrap: Callable[[gym.Env], gym.Env] = lambda env: env,
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    processes: bool = False,
 ) -> EnvBase:
     """A seeded TorchRL environment of Gymnasium's ``name``, in float32.
 
     Args:
         name: Gymnasium id.
         seed: of the first environment; the others follow.
-        num_envs: stepped one after the other.
+        num_envs: stepped one after the other, unless each has a process.
         wrap: puts Gymnasium's wrappers around each.
         kwargs: of the environment.
+        processes: whether each environment has a process of its own.
     """
 
     def single() -> EnvBase:
         return TransformedEnv(GymWrapper(wrap(make_gym(name, kwargs))), DoubleToFloat())
 
-    env = single() if num_envs == 1 else SerialEnv(num_envs, single)
+    if processes:
+        env: EnvBase = ParallelEnv(num_envs, single)
+    else:
+        env = single() if num_envs == 1 else SerialEnv(num_envs, single)
     env.set_seed(seed)
     return env
 

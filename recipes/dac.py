@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import backends
 import common
 import hydra
 import ppo_pmoe
@@ -180,7 +181,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         trainer,
         NormalizedOptions(evaluated, agent.normalization, agent.low, agent.high),
         algorithm="PPO",
-        about=describe(cfg, actor),
+        about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
         loss_columns=LOSS_COLUMNS,
         diagnose=lambda frames: ppo_pmoe.diagnose_agent(agent, buffer[:].select(*READ)),
         checkpoint=checkpoint,

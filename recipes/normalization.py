@@ -41,8 +41,8 @@ class BatchMeanStd:
     """
 
     def __init__(self, shape: Sequence[int] = (), device: torch.device | str = "cpu") -> None:
-        self.mean = torch.zeros(*shape, dtype=torch.float64, device=device)
-        self.var = torch.ones(*shape, dtype=torch.float64, device=device)
+        self.mean = torch.zeros(tuple(shape), dtype=torch.float64, device=device)
+        self.var = torch.ones(tuple(shape), dtype=torch.float64, device=device)
         self.count = torch.full((), EPSILON_COUNT, dtype=torch.float64, device=device)
 
     def update(self, rows: Tensor, seen: Tensor | None = None) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import backends
 import common
 import hydra
 import numpy as np
@@ -37,10 +38,10 @@ from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNorm
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 from torchrl.trainers import Trainer
-from torchrl.trainers.trainers import LRSchedulerHook, ReplayBufferTrainer
+from torchrl.trainers.trainers import LRSchedulerHook
 
 from torchrl_pmoe import NormalMixture, PMOEClipPPOLoss, TanhNormalMixture
-from torchrl_pmoe.trainers import FiniteLoss
+from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
 RULES: dict[str, Rule] = {
     **common.RULES,
@@ -281,18 +282,24 @@ class Agent:
 
 def build_env(cfg: DictConfig) -> tuple[EnvBase, RunningNormalization, Tensor, Tensor]:
     """The seeded environment, what normalises it, and the bounds of its actions before they are clipped."""
+    backends.resolve(cfg)
     raw = common.make_gym(cfg.env, cfg.env_kwargs)
+    device = {"serial": None, "mjx": cfg.device}.get(cfg.collector.backend, "cpu")
     normalization = RunningNormalization(
         raw.observation_space,  # type: ignore[arg-type]
         observation=cfg.normalization.observation,
         reward=cfg.normalization.reward,
         clip=cfg.normalization.clip,
         gamma=cfg.optim.gamma,
+        device=device,
     )
     box: Any = raw.action_space
     raw.close()
-    wrap = partial(normalization.wrap, clip_action=cfg.actions == "unbounded")
-    env = common.make_env(cfg.env, cfg.seed, cfg.collector.num_envs, wrap, cfg.env_kwargs)
+    clip_action = cfg.actions == "unbounded"
+    if device is None:
+        env = backends.make_env(cfg, partial(normalization.wrap, clip_action=clip_action))
+    else:
+        env = normalization.transform(backends.make_env(cfg), clip_action=clip_action)
     low, high = (torch.as_tensor(bound, device=cfg.device) for bound in (box.low, box.high))
     return env, normalization, low, high
 
@@ -381,7 +388,7 @@ def build_trainer(
         return advantages(batch.to(cfg.device)).select(*trained_on).reshape(-1)
 
     trainer.register_op("batch_process", estimate)
-    replay = ReplayBufferTrainer(buffer)
+    replay = FlatReplay(buffer)
     trainer.register_op("batch_process", replay.extend)
     trainer.register_op("process_optim_batch", replay.sample)
     FiniteLoss(stepper).register(trainer)
@@ -396,8 +403,7 @@ def build_trainer(
 
 def diagnose_agent(agent: Agent, seen: TensorDictBase) -> dict[str, float]:
     """Return of the latest episodes, entropy and diagnostics of the policy in the states ``seen``."""
-    returns = agent.normalization.episode_returns
-    row = {"train_return": float(np.mean(returns)) if returns else math.nan}
+    row = {"train_return": agent.normalization.train_return()}
     with torch.no_grad():
         dist = agent.actor.get_dist(seen)
         row["entropy"] = -dist.log_prob(dist.sample()).mean().item()
@@ -429,7 +435,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         trainer,
         agent.for_raw_env(runs.MeanOfDrawnExpert(actor) if drawn else actor),
         algorithm="PPO",
-        about=describe(cfg, actor),
+        about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose,
         checkpoint=checkpoint,

@@ -222,8 +222,9 @@ def build_collector(
         total_frames=-1,
         init_random_frames=init_random_frames,
         policy_device=cfg.device,
-        env_device="cpu",
-        storing_device="cpu",
+        # frames stay where the environments make them: with mjx on a GPU, nothing passes through the host
+        env_device=env.device or "cpu",
+        storing_device=env.device or "cpu",
         exploration_type=ExplorationType.RANDOM,
         track_traj_ids=False,
         trust_policy=True,

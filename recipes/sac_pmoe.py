@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import backends
 import common
 import hydra
 import runs
@@ -37,11 +38,11 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 from torchrl.trainers import Trainer
-from torchrl.trainers.trainers import ReplayBufferTrainer, SelectKeys
+from torchrl.trainers.trainers import SelectKeys
 
 from torchrl_pmoe import BestOfExpertsActor, PMOESACLoss
 from torchrl_pmoe.modules.heads import ClampedExp
-from torchrl_pmoe.trainers import FiniteLoss
+from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
 RULES: dict[str, Rule] = {
     **common.RULES,
@@ -262,10 +263,19 @@ def build_loss(cfg: DictConfig, actor: ProbabilisticActor, qvalue: ValueOperator
     return loss
 
 
-def build_replay_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
-    """A buffer of single steps, uniform or prioritised."""
+def build_replay_buffer(cfg: DictConfig, device: torch.device | str = "cpu") -> TensorDictReplayBuffer:
+    """A buffer of single steps, uniform or prioritised.
+
+    Args:
+        cfg: a resolved config.
+        device: of the steps, where they are kept in memory.
+    """
     size, scratch_dir = cfg.replay_buffer.size, cfg.replay_buffer.scratch_dir
-    storage = LazyTensorStorage(size) if scratch_dir is None else LazyMemmapStorage(size, scratch_dir=scratch_dir)
+    storage: LazyTensorStorage = (
+        LazyTensorStorage(size, device=device)
+        if scratch_dir is None
+        else LazyMemmapStorage(size, scratch_dir=scratch_dir)
+    )
     if cfg.replay_buffer.prb:
         try:
             return TensorDictPrioritizedReplayBuffer(
@@ -347,8 +357,7 @@ def build_trainer(
         target_net_updater=target_updater,
     )
     SelectKeys(STORED).register(trainer)
-    device = None if cfg.device == "cpu" else cfg.device
-    replay = ReplayBufferTrainer(buffer, flatten_tensordicts=True, device=device)
+    replay = FlatReplay(buffer, device=None if cfg.device == "cpu" else cfg.device)
     trainer.register_op("batch_process", replay.extend)
     trainer.register_op("process_optim_batch", replay.sample)
     if cfg.replay_buffer.prb:
@@ -377,12 +386,13 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
         env: seeded, of ``collector.num_envs`` agents; made from ``env`` of the config if not given.
     """
     if env is None:
-        env = common.make_env(cfg.env, cfg.seed, cfg.collector.num_envs, kwargs=cfg.env_kwargs)
+        backends.resolve(cfg)
+        env = backends.make_env(cfg)
     common.seed_everything(cfg.seed)
     spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     actor = build_actor(cfg, spec, observation_size)
     loss = build_loss(cfg, actor, build_qvalue(cfg, spec, observation_size))
-    buffer = build_replay_buffer(cfg)
+    buffer = build_replay_buffer(cfg, env.device or "cpu")
     explorer, evaluated = build_policies(cfg, actor, loss)
     collector = runs.build_collector(
         cfg,
@@ -412,7 +422,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
         trainer,
         evaluated,
         algorithm="SAC",
-        about=describe(cfg, actor, loss.qvalue_network_params),
+        about=f"{describe(cfg, actor, loss.qvalue_network_params)}; {backends.describe(cfg)}",
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose,
         unsaved=() if cfg.checkpoint.replay_buffer else ("replay_buffer",),

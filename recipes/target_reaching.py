@@ -88,6 +88,10 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
                 key: (OmegaConf.select(cfg, key) is not None, "null, each of policies has its own")
                 for key in SET_BY_POLICIES
             },
+            "collector.backend": (
+                cfg.collector.backend is not None,
+                "null, the task is a batch of environments of its own",
+            ),
             "collector.num_envs": (
                 cfg.exploration_frames % cfg.collector.num_envs != 0,
                 f"a divisor of exploration_frames={cfg.exploration_frames}",

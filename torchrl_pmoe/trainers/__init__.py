@@ -4,6 +4,7 @@ from torchrl_pmoe.trainers.diagnostics import mixture_diagnostics, saturation
 from torchrl_pmoe.trainers.hooks import (
     FiniteBatch,
     FiniteLoss,
+    FlatReplay,
     NonFiniteError,
     PeriodicEvaluation,
     ProgressBar,
@@ -13,6 +14,7 @@ from torchrl_pmoe.trainers.steppers import FusedOptimizationStepper
 __all__ = [
     "FiniteBatch",
     "FiniteLoss",
+    "FlatReplay",
     "FusedOptimizationStepper",
     "NonFiniteError",
     "PeriodicEvaluation",

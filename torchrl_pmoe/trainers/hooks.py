@@ -9,16 +9,29 @@ from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
 from torchrl.trainers import Trainer
-from torchrl.trainers.trainers import TrainerHookBase
+from torchrl.trainers.trainers import ReplayBufferTrainer, TrainerHookBase
 from tqdm import tqdm
 
 from torchrl_pmoe.trainers.steppers import FusedOptimizationStepper
 
-__all__ = ["FiniteBatch", "FiniteLoss", "NonFiniteError", "PeriodicEvaluation", "ProgressBar"]
+__all__ = ["FiniteBatch", "FiniteLoss", "FlatReplay", "NonFiniteError", "PeriodicEvaluation", "ProgressBar"]
 
 
 class NonFiniteError(RuntimeError):
     """A reward, an observation or a loss is NaN or infinite: nothing sensible can follow."""
+
+
+class FlatReplay(ReplayBufferTrainer):
+    """TorchRL's :class:`ReplayBufferTrainer`, for single steps that stay on the device where they were collected.
+
+    The parent takes every batch to the host before it stores it.
+    """
+
+    def extend(self, batch: TensorDictBase) -> TensorDictBase:
+        """Store the steps of a collected batch, one a row, and return them so."""
+        batch = batch.reshape(-1)
+        self.replay_buffer.extend(batch)
+        return batch
 
 
 class _StatelessHook(TrainerHookBase):
