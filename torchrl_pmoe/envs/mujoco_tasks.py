@@ -313,4 +313,6 @@ def mujoco_task(
         raise ValueError("mujoco_task: backend='mjx' needs jax and mujoco-mjx: pip install 'torchrl_pmoe[mjx]'.")
     if importlib.util.find_spec("mujoco") is None:
         raise ValueError("mujoco_task: backend='mujoco' needs mujoco: pip install 'torchrl_pmoe[recipes]'.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"mujoco_task: device must be one that torch has, got {str(device)!r} and no CUDA device.")
     return MUJOCO_TASKS[name](num_envs=num_envs, seed=seed, device=device, backend=backend)
