@@ -264,6 +264,7 @@ DOUBLE = {
 
 
 @needs_mjx
+@pytest.mark.filterwarnings("error:Accessing:DeprecationWarning")
 @pytest.mark.parametrize(
     "name", [name if name == "HalfCheetah-v4" else pytest.param(name, marks=pytest.mark.slow) for name in SINGLE]
 )
