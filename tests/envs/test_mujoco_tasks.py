@@ -179,6 +179,12 @@ def test_what_cannot_be_made_is_one_line(given: dict[str, object], line: str) ->
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_one_line() -> None:
+    with pytest.raises(ValueError, match="got 'cuda' and no CUDA device"):
+        mujoco_task("Hopper-v4", 1, seed=0, backend="mujoco", device="cuda")
+
+
 def test_a_missing_mjx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_mjx", lambda: False)
     with pytest.raises(ValueError, match=r"pip install 'torchrl_pmoe\[mjx\]'"):
@@ -258,6 +264,7 @@ DOUBLE = {
 
 
 @needs_mjx
+@pytest.mark.filterwarnings("error:Accessing:DeprecationWarning")
 @pytest.mark.parametrize(
     "name", [name if name == "HalfCheetah-v4" else pytest.param(name, marks=pytest.mark.slow) for name in SINGLE]
 )

@@ -250,7 +250,7 @@ class MJXEngine(_Engine, _MJXBackend):
 
     def read(self, field: str) -> Tensor:
         """See :class:`_Engine`; shares its memory with jax."""
-        data = self._dx if hasattr(self._dx, field) else self._dx._impl
+        data = self._dx if field in self._dx.__dataclass_fields__ else self._dx._impl
         return torch.from_dlpack(getattr(data, field)).to(self.device)
 
     def reset(self, qpos: Tensor, qvel: Tensor) -> None:
