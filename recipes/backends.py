@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import common
 import gymnasium as gym
@@ -35,24 +35,22 @@ def resolve(cfg: DictConfig) -> None:
     """
     if cfg.collector.backend is None:
         cfg.collector.backend = fastest(cfg.env, cfg.collector.num_envs, bool(cfg.env_kwargs))
-    backend, own = cfg.collector.backend, "serial or parallel"
-    refused = {
-        "envpool": {
-            f"{own} without the package envpool (pip install 'torchrl_pmoe[envpool]')": importlib.util.find_spec(
-                "envpool"
-            )
-            is None,
-            f"{own} with env_kwargs, which EnvPool's tasks do not take": bool(cfg.env_kwargs),
-            f"{own} with env={cfg.env}, which EnvPool does not have": not EnvPoolEnv.available(cfg.env),
-        },
-        "mjx": {
-            f"{own} without jax and mujoco-mjx (pip install 'torchrl_pmoe[mjx]')": not has_mjx(),
-            f"{own} with env={cfg.env}, mjx has {', '.join(MUJOCO_TASKS)}": cfg.env not in MUJOCO_TASKS,
-            f"{own} with env_kwargs, which mjx does not take": bool(cfg.env_kwargs),
-        },
+    name, kwargs = cfg.env, bool(cfg.env_kwargs)
+    # in this order: EnvPool is asked for its tasks only where it is there
+    refused: dict[str, list[tuple[Callable[[], bool], str]]] = {
+        "envpool": [
+            (lambda: find_spec("envpool") is None, "without the package envpool: pip install 'torchrl_pmoe[envpool]'"),
+            (lambda: not EnvPoolEnv.available(name), f"with env={name}, which EnvPool does not have"),
+            (lambda: kwargs, "with env_kwargs, which EnvPool's tasks do not take"),
+        ],
+        "mjx": [
+            (lambda: not has_mjx(), "without jax and mujoco-mjx: pip install 'torchrl_pmoe[mjx]'"),
+            (lambda: name not in MUJOCO_TASKS, f"with env={name}; mjx has {', '.join(MUJOCO_TASKS)}"),
+            (lambda: kwargs, "with env_kwargs, which mjx's tasks do not take"),
+        ],
     }
-    for allowed, bad in refused.get(backend, {}).items():
-        common.refuse(cfg, {"collector.backend": (bad, allowed)})
+    for bad, why in refused.get(cfg.collector.backend, []):
+        common.refuse(cfg, {"collector.backend": (bad(), f"serial or parallel {why}")})
 
 
 def describe(cfg: DictConfig) -> str:

@@ -80,6 +80,7 @@ def resolve_config(cfg: DictConfig) -> None:
     """Check the config."""
     common.check_config(cfg, RULES)
     ppo_pmoe.refuse_batches(cfg)
+    backends.resolve(cfg)
 
 
 # --------------------------------------------------------------------------------------------- parts

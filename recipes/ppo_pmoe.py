@@ -17,7 +17,6 @@ from typing import Any
 import backends
 import common
 import hydra
-import numpy as np
 import resume
 import runs
 import torch
@@ -125,6 +124,7 @@ def resolve_config(cfg: DictConfig) -> None:
             )
         cfg.routing = None
     refuse_batches(cfg)
+    backends.resolve(cfg)
     common.refuse(
         cfg,
         {
@@ -282,7 +282,6 @@ class Agent:
 
 def build_env(cfg: DictConfig) -> tuple[EnvBase, RunningNormalization, Tensor, Tensor]:
     """The seeded environment, what normalises it, and the bounds of its actions before they are clipped."""
-    backends.resolve(cfg)
     raw = common.make_gym(cfg.env, cfg.env_kwargs)
     device = {"serial": None, "mjx": cfg.device}.get(cfg.collector.backend, "cpu")
     normalization = RunningNormalization(

@@ -116,6 +116,7 @@ def resolve_config(cfg: DictConfig) -> None:
     if cfg.collector.frames_per_batch is None:
         cfg.collector.frames_per_batch = cfg.collector.num_envs
     _refuse_combinations(cfg)
+    backends.resolve(cfg)
 
 
 def _refuse_combinations(cfg: DictConfig) -> None:
@@ -386,7 +387,6 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
         env: seeded, of ``collector.num_envs`` agents; made from ``env`` of the config if not given.
     """
     if env is None:
-        backends.resolve(cfg)
         env = backends.make_env(cfg)
     common.seed_everything(cfg.seed)
     spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]

@@ -123,6 +123,8 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
             if run.policy != "gating":
                 run.blend = "parameters"
             sac_pmoe.resolve_config(run)
+            # the task is a batch of environments of its own
+            run.collector.backend = None
             configs[f"{name}-seed{seed}"] = run
     return configs
 

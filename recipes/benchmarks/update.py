@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torchrl.data import Bounded
 from torchrl.objectives import LossModule, SoftUpdate
 from tqdm import tqdm
@@ -34,7 +34,6 @@ import stock
 import watched_runs
 from hydra.errors import HydraException
 from rounds import Claim, alternate, at_least_one, chosen, command_line, place, report, stop
-
 
 OBSERVATION, ACTION, BATCH = 17, 6, 256
 BASE, GAUSSIAN, RAW = "TorchRL SACLoss + TanhNormal", "recipe, gaussian", "PyTorch alone"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
+import recipe_runs  # noqa: F401  (puts the recipes on the path)
 import torch
 from gymnasium.wrappers.utils import RunningMeanStd
 from tensordict import TensorDict
 from torchrl.data import Unbounded
 from torchrl.envs import SerialEnv
-
-import recipe_runs  # noqa: F401  (puts the recipes on the path)
 
 import common  # isort: skip
 from normalization import BatchMeanStd, NormalizedPolicy, RunningNormalization  # isort: skip

@@ -1,0 +1,159 @@
+"""The key that says where frames are collected: what it picks, refuses and runs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import recipe_runs
+import torch
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from torchrl_pmoe.envs.physics import has_mjx
+from torchrl_pmoe.trainers import FlatReplay
+
+import backends  # isort: skip
+import dac  # isort: skip
+import ppo_pmoe  # isort: skip
+import runs  # isort: skip
+import sac_pmoe  # isort: skip
+import target_reaching  # isort: skip
+
+SMALL_SAC = [
+    "env=HalfCheetah-v4",
+    "num_experts=2",
+    "total_frames=48",
+    "network.hidden_sizes=[8,8]",
+    "optim.batch_size=4",
+    "collector.init_random_frames=8",
+    "logger.eval_interval=24",
+    "logger.eval_episodes=1",
+    "logger.eval_max_steps=5",
+]
+INSTALLED = {"serial": True, "parallel": True, "envpool": find_spec("envpool") is not None, "mjx": has_mjx()}
+
+
+def installed(name, *marks):
+    reason = f"the extra {name} is not installed"
+    return pytest.param(name, marks=[pytest.mark.skipif(not INSTALLED[name], reason=reason), *marks])
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "has_mjx", lambda: False)
+    monkeypatch.setattr(backends.EnvPoolEnv, "available", staticmethod(lambda name: False))
+
+
+@pytest.fixture
+def everything_installed(monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "has_mjx", lambda: True)
+    monkeypatch.setattr(backends.EnvPoolEnv, "available", staticmethod(lambda name: name == "Ant-v4"))
+
+
+@pytest.mark.parametrize("recipe", [sac_pmoe, ppo_pmoe, dac])
+def test_null_picks_envpool_for_several_environments_that_it_has(recipe, everything_installed):
+    def picked(*overrides):
+        return recipe_runs.resolve(recipe, *overrides).collector.backend
+
+    assert picked("env=Ant-v4", "collector.num_envs=8") == "envpool"
+    assert picked("env=Ant-v4") == "serial"
+    assert picked("env=Pendulum-v1", "collector.num_envs=8") == "serial"
+    assert picked("env=Ant-v4", "collector.num_envs=8", "+env_kwargs.ctrl_cost_weight=1") == "serial"
+    assert picked("env=Ant-v4", "collector.num_envs=8", "collector.backend=parallel") == "parallel"
+
+
+def test_null_picks_serial_where_nothing_is_installed(nothing_installed):
+    assert recipe_runs.resolve(sac_pmoe, "env=Ant-v4", "collector.num_envs=8").collector.backend == "serial"
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("collector.backend=envpool", "serial or parallel without the package envpool: pip install"),
+        ("collector.backend=mjx", "serial or parallel without jax and mujoco-mjx: pip install"),
+        ("collector.backend=brax", "one of serial, parallel, envpool, mjx or null"),
+    ],
+)
+def test_a_backend_that_is_missing_is_refused(override, allowed, nothing_installed):
+    recipe_runs.assert_refused(sac_pmoe, override, allowed)
+
+
+@pytest.mark.parametrize(
+    ("backend", "override", "why"),
+    [
+        ("envpool", "env=Pendulum-v1", "with env=Pendulum-v1, which EnvPool does not have"),
+        ("mjx", "env=Pendulum-v1", "with env=Pendulum-v1; mjx has HalfCheetah-v4, "),
+        ("envpool", "+env_kwargs.ctrl_cost_weight=1", "with env_kwargs, which EnvPool's tasks do not take"),
+        ("mjx", "+env_kwargs.ctrl_cost_weight=1", "with env_kwargs, which mjx's tasks do not take"),
+    ],
+)
+def test_a_task_that_a_backend_lacks_is_refused(backend, override, why, everything_installed):
+    with pytest.raises(recipe_runs.common.UsageError) as error:
+        recipe_runs.resolve(ppo_pmoe, "env=Ant-v4", f"collector.backend={backend}", override)
+    assert str(error.value).startswith(f"collector.backend={backend}: must be serial or parallel {why}")
+
+
+def test_target_reaching_has_environments_of_its_own():
+    with pytest.raises(recipe_runs.common.UsageError, match=r"collector\.backend=serial: must be null"):
+        recipe_runs.resolve(target_reaching, "collector.backend=serial")
+
+
+@pytest.mark.parametrize("backend", [installed("parallel"), installed("envpool"), installed("mjx")])
+def test_sac_trains_on_every_backend(backend, tmp_path, capsys):
+    where = [f"collector.backend={backend}", "collector.num_envs=2", "optim.utd_ratio=0.5"]
+    recipe_runs.run_here(sac_pmoe, tmp_path, *SMALL_SAC, *where)
+    assert [row["frames"] for row in recipe_runs.rows(tmp_path)] == ["24", "48"]
+    assert f"2 environments, collector.backend={backend}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", [installed("parallel"), installed("envpool"), installed("mjx")])
+def test_ppo_trains_and_resumes_on_every_backend(backend, tmp_path):
+    where = ["env=HalfCheetah-v4", "num_experts=2", f"collector.backend={backend}", "collector.num_envs=2"]
+    recipe_runs.run_here(ppo_pmoe, tmp_path, *recipe_runs.SMALL_PPO, *where, "logger.eval_max_steps=5")
+    assert [row["frames"] for row in recipe_runs.rows(tmp_path)] == ["256", "512"]
+
+
+def test_serial_and_parallel_collect_the_same_frames():
+    def first(backend):
+        overrides = [*SMALL_SAC, f"collector.backend={backend}", "collector.num_envs=2"]
+        cfg = recipe_runs.resolve(sac_pmoe, "device=cpu", *overrides)
+        env = backends.make_env(cfg)
+        collector = runs.build_collector(cfg, env, lambda td: td.set("action", torch.ones(2, 6)), frames_per_batch=40)
+        try:
+            return next(iter(collector))
+        finally:
+            collector.shutdown()
+
+    serial, parallel = first("serial"), first("parallel")
+    for key in ("observation", ("next", "observation"), ("next", "reward"), ("next", "done")):
+        torch.testing.assert_close(parallel[key], serial[key], rtol=0, atol=0)
+
+
+def test_collected_frames_are_stored_flat_and_not_through_the_host(monkeypatch):
+    def through_the_host(self):
+        raise AssertionError("copied to the host")
+
+    monkeypatch.setattr(TensorDict, "cpu", through_the_host)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10), batch_size=2)
+    batch = TensorDict(observation=torch.arange(24.0).reshape(2, 3, 4), batch_size=(2, 3))
+    stored = FlatReplay(buffer).extend(batch)
+    assert stored.shape == (6,)
+    torch.testing.assert_close(buffer[:]["observation"], batch["observation"].reshape(6, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and INSTALLED["mjx"]), reason="no CUDA device, or no mjx")
+@pytest.mark.parametrize(("recipe", "small"), [(sac_pmoe, SMALL_SAC), (ppo_pmoe, recipe_runs.SMALL_PPO)])
+def test_frames_stay_on_the_gpu(recipe, small, tmp_path):
+    where = ["env=HalfCheetah-v4", "num_experts=2", "device=cuda", "collector.backend=mjx", "collector.num_envs=4"]
+    cfg = recipe_runs.resolve(recipe, *small, *where, "logger.progress_bar=false")
+    env = backends.make_env(cfg)
+    collector = runs.build_collector(
+        cfg, env, lambda td: td.set("action", torch.zeros(4, 6, device="cuda")), frames_per_batch=16
+    )
+    assert next(iter(collector))["next", "observation"].device.type == "cuda"
+    collector.shutdown()
+    recipe.train(cfg, tmp_path)
