@@ -112,11 +112,11 @@ class RunningNormalization:
             env = ClipAction(env)
         if "observation" in self.statistics:
             env = NormalizeObservation(env, EPSILON)
-            env.obs_rms = self.statistics["observation"]
+            env.obs_rms = self.statistics["observation"]  # type: ignore[assignment]
             env = TransformObservation(env, lambda o: np.clip(o, -self.clip, self.clip), env.observation_space)
         if "return" in self.statistics:
             env = NormalizeReward(env, self.gamma, EPSILON)
-            env.return_rms = self.statistics["return"]
+            env.return_rms = self.statistics["return"]  # type: ignore[assignment]
             env = TransformReward(env, lambda reward: min(max(float(reward), -self.clip), self.clip))
         return env
 

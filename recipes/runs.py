@@ -169,12 +169,12 @@ def isolated_rng(seed: int) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------- training
 
 
-def build_optimizer(cfg: DictConfig, loss: LossModule, actor: ProbabilisticActor) -> torch.optim.Optimizer:
-    """One Adam for everything that the loss trains; the router may have a rate of its own."""
+def build_optimizer(cfg: DictConfig, loss: LossModule, actor: ProbabilisticActor | None) -> torch.optim.Optimizer:
+    """One Adam for everything that the loss trains; the router of an actor may have a rate of its own."""
     optim = cfg.optim
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     groups = [{"params": parameters}]
-    if optim.router_lr is not None:
+    if optim.router_lr is not None and actor is not None:
         router = {id(p) for p in actor.router_parameters()}
         groups = [
             {"params": [p for p in parameters if id(p) not in router]},
@@ -197,6 +197,7 @@ def build_stepper(
     updates: float,
     target_updater: TargetNetUpdater | None = None,
     clip_apart: Sequence[Iterable[nn.Parameter]] = (),
+    shape: Sequence[int] = (),
 ) -> FusedOptimizationStepper:
     """What makes one update.
 
@@ -205,10 +206,39 @@ def build_stepper(
         updates: of the whole run.
         target_updater: stepped after the optimiser.
         clip_apart: parameters whose gradients are clipped by their own norm.
+        shape: of the outputs of the loss.
     """
     return FusedOptimizationStepper(
-        target_updater, clip_apart=clip_apart, compile=compiles(cfg, updates), cudagraphs=cfg.compile.cudagraphs
+        target_updater,
+        clip_apart=clip_apart,
+        compile=compiles(cfg, updates),
+        cudagraphs=cfg.compile.cudagraphs,
+        shape=shape,
     )
+
+
+def announce(stepper: FusedOptimizationStepper) -> None:
+    """Say why the first update takes long, where it does."""
+    if stepper.compile:
+        print("updates are compiled: the first takes about half a minute (compile.enabled=false leaves it out)")
+
+
+def build_evaluator(cfg: DictConfig, policy: TensorDictModuleBase, seed: int) -> Evaluator:
+    """Evaluates a policy as ``logger`` says, on episodes that the run's ``seed`` decides."""
+    return Evaluator(
+        cfg.env,
+        policy,
+        episodes=cfg.logger.eval_episodes,
+        max_steps=cfg.logger.eval_max_steps,
+        seed=seed + 1_000_000,
+        device=cfg.device,
+        env_kwargs=cfg.env_kwargs,
+    )
+
+
+def summarize(returns: Tensor) -> dict[str, float]:
+    """Mean and standard deviation of the returns of an evaluation, ``[episodes]``."""
+    return {"return_mean": returns.mean().item(), "return_std": returns.std(correction=0).item()}
 
 
 def build_collector(
@@ -302,15 +332,7 @@ def train_and_record(
         unsaved: components that checkpoints leave out.
     """
     stepper = trainer.optimization_stepper
-    evaluator = Evaluator(
-        cfg.env,
-        policy,
-        episodes=cfg.logger.eval_episodes,
-        max_steps=cfg.logger.eval_max_steps,
-        seed=cfg.seed + 1_000_000,
-        device=cfg.device,
-        env_kwargs=cfg.env_kwargs,
-    )
+    evaluator = build_evaluator(cfg, policy, cfg.seed)
     recorder = RunRecorder(run_dir, title=f"{algorithm}, {cfg.policy}, {cfg.env}, seed {cfg.seed}")
     logger = get_logger(
         cfg.logger.backend or "",
@@ -322,10 +344,8 @@ def train_and_record(
     def evaluate(frames: int) -> None:
         row = recorder.clock(frames)
         with recorder.paused():
-            returns = evaluator()
+            row.update(summarize(evaluator()))
             means = stepper.means()
-            row["return_mean"] = returns.mean().item()
-            row["return_std"] = returns.std(correction=0).item()
             row.update({key: means.get(key, float("nan")) for key in loss_columns})
             with isolated_rng(cfg.seed):
                 row.update(diagnose(frames))
@@ -365,8 +385,7 @@ def train_and_record(
         return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
 
     print(about)
-    if stepper.compile:
-        print("updates are compiled: the first takes about half a minute (compile.enabled=false leaves it out)")
+    announce(stepper)
     bar = ProgressBar(cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar)
     bar.register(trainer)
     with closing(bar), closing(evaluator):

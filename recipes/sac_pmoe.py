@@ -17,12 +17,14 @@ import backends
 import common
 import hydra
 import runs
+import seeds
 import torch
 from common import UsageError
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from policies import UNIMODAL, build_experts_actor, describe
 from rules import Rule, choice, either, flag, integer, number, text
+from tensordict import TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, add_custom_mapping
 from torch import Tensor, nn
 from torchrl.collectors import Collector
@@ -57,6 +59,7 @@ RULES: dict[str, Rule] = {
     "network.log_std_min": number(),
     "network.log_std_max": number(),
     "network.head_init": number(above=0),
+    "num_seeds": integer(1),
     "optim.batch_size": integer(1),
     "optim.utd_ratio": number(above=0),
     "optim.loss_function": choice("l2", "l1", "smooth_l1"),
@@ -117,6 +120,8 @@ def resolve_config(cfg: DictConfig) -> None:
         cfg.collector.frames_per_batch = cfg.collector.num_envs
     _refuse_combinations(cfg)
     backends.resolve(cfg)
+    if cfg.num_seeds > 1:
+        seeds.refuse(cfg)
 
 
 def _refuse_combinations(cfg: DictConfig) -> None:
@@ -370,6 +375,14 @@ def build_trainer(
     return trainer
 
 
+def diagnose(actor: ProbabilisticActor, loss: SACLoss, states: TensorDictBase) -> dict[str, float]:
+    """Diagnostics of a policy in the states that it has met, its proposals judged by the critics."""
+    space, critics = actor.spec["action"].space, Critics(loss)
+    return runs.diagnose(
+        actor, states, space.low, space.high, lambda action: critics.of_proposals(states["observation"], action)
+    )
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a training leaves in memory."""
@@ -407,14 +420,10 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
     # the networks have drawn as many numbers as they have weights: every policy warms up with the same random actions
     common.seed_everything(cfg.seed)
     trainer = build_trainer(cfg, collector, loss, runs.build_optimizer(cfg, loss, actor), buffer, run_dir)
-    critics = Critics(loss)
-    space = actor.spec["action"].space
 
-    def diagnose(frames: int) -> dict[str, float]:
+    def diagnose_run(frames: int) -> dict[str, float]:
         states = buffer[torch.randint(len(buffer), (DIAGNOSED_STATES,))].select("observation").to(cfg.device)
-        return runs.diagnose(
-            actor, states, space.low, space.high, lambda action: critics.of_proposals(states["observation"], action)
-        )
+        return diagnose(actor, loss, states)
 
     runs.train_and_record(
         cfg,
@@ -424,7 +433,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
         algorithm="SAC",
         about=f"{describe(cfg, actor, loss.qvalue_network_params)}; {backends.describe(cfg)}",
         loss_columns=LOSS_COLUMNS,
-        diagnose=diagnose,
+        diagnose=diagnose_run,
         unsaved=() if cfg.checkpoint.replay_buffer else ("replay_buffer",),
     )
     return Trained(actor, buffer)
@@ -436,7 +445,11 @@ def main(cfg: DictConfig) -> None:
     with common.one_line_errors():
         resolve_config(cfg)
         common.prepare_torch(cfg)
-        train(cfg, Path(HydraConfig.get().runtime.output_dir))
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        if cfg.num_seeds > 1:
+            seeds.train(cfg, run_dir)
+        else:
+            train(cfg, run_dir)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
             for key in OWN_KEYS:
                 run.pop(key)
             run.update(POLICIES[name])
-            run.seed = seed
+            run.seed, run.num_seeds = seed, 1
             if run.policy != "gating":
                 run.blend = "parameters"
             sac_pmoe.resolve_config(run)

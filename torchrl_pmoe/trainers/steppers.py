@@ -87,7 +87,7 @@ class FusedOptimizationStepper(OptimizationStepper):
             losses = trainer.compute_loss(sub_batch)
             trainer._post_loss_hook(sub_batch)
             losses = trainer._process_loss_hook(sub_batch, losses)
-            sum(value for key, value in losses.items() if key.startswith("loss")).backward()
+            sum(value.sum() for key, value in losses.items() if key.startswith("loss")).backward()
             self._descend(trainer)
             self._accumulate({key: value.detach() for key, value in losses.items()})
             return TensorDict()
@@ -191,11 +191,17 @@ class FusedOptimizationStepper(OptimizationStepper):
         return not self._sums or bool(torch.stack([x.isfinite().all() for x in self._sums]).all())
 
     def means(self) -> dict[str, float]:
-        """Mean of every one-element output of the loss since :meth:`reset` (empty before the first update)."""
+        """Mean of every output that is kept since :meth:`reset`, over its elements (empty before the first update)."""
+        return {key: value.mean().item() for key, value in self.means_by_element().items()}
+
+    def means_by_element(self) -> dict[str, Tensor]:
+        """Mean of every output that is kept since :meth:`reset`, ``[]`` or ``shape``, on the CPU."""
         if not self._sums:
             return {}
-        sums = torch.stack([x.double().reshape(()) for x in self._sums])
-        return dict(zip(self._keys, (sums / self._count).tolist(), strict=True))
+        # one copy from the device for all of them
+        sums = torch.stack([x.double().reshape(-1).expand(self._shape.numel()) for x in self._sums]).cpu()
+        means = (sums / self._count).unbind()
+        return {key: mean.reshape(self._shape) for key, mean in zip(self._keys, means, strict=True)}
 
     def reset(self) -> None:
         """Start new means."""
@@ -208,7 +214,7 @@ def _gradients(
     """Gradients of the summed losses, every output of the loss, and what it wrote into the batch: all detached."""
     scratch = batch.copy()
     losses = loss_module(scratch)
-    total = sum(value for key, value in losses.items() if key.startswith("loss"))
+    total = sum(value.sum() for key, value in losses.items() if key.startswith("loss"))
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     written = {
         key: value.detach()

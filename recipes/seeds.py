@@ -1,0 +1,255 @@
+"""Several agents in one process: their updates, their policies and their data side by side."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import backends
+import common
+import runs
+import sac_pmoe
+import torch
+from omegaconf import DictConfig, OmegaConf
+from policies import describe
+from recording import RunRecorder
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl._utils import seed_generator
+from torchrl.data import RandomSampler, TensorDictReplayBuffer
+from torchrl.envs import EnvBase, SerialEnv
+from torchrl.modules import ProbabilisticActor
+from torchrl.objectives import SACLoss, SoftUpdate
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import SelectKeys
+
+from torchrl_pmoe.objectives import StackedLoss, StackedPolicy
+from torchrl_pmoe.trainers import FiniteLoss, FlatReplay, PeriodicEvaluation, ProgressBar
+
+
+def refuse(cfg: DictConfig) -> None:
+    """Refuse what several agents at once cannot have."""
+    several = f"with num_seeds={cfg.num_seeds}"
+    common.refuse(
+        cfg,
+        {
+            "replay_buffer.prb": (cfg.replay_buffer.prb, f"false {several}"),
+            "replay_buffer.scratch_dir": (cfg.replay_buffer.scratch_dir is not None, f"null {several}"),
+            "acting": (cfg.acting == "best_of_experts", f"policy {several}"),
+            "optim.router_lr": (cfg.optim.router_lr is not None, f"null {several}"),
+            "logger.backend": (cfg.logger.backend is not None, f"null {several}; every seed has its metrics.csv"),
+            "collector.backend": (cfg.collector.backend == "parallel", f"serial, envpool or mjx {several}"),
+        },
+    )
+
+
+# --------------------------------------------------------------------------------------------- parts
+
+
+class SeedSampler(RandomSampler):
+    """Draws ``batch_size`` rows of every agent, of a storage that holds their rows in turn.
+
+    Args:
+        num_seeds: how many agents.
+    """
+
+    def __init__(self, num_seeds: int) -> None:
+        super().__init__()
+        self.num_seeds = num_seeds
+
+    def sample(self, storage: Any, batch_size: int) -> tuple[Tensor, dict]:
+        """Indices ``[num_seeds * batch_size]``, the first agent's first, each drawn for itself."""
+        steps = len(storage) // self.num_seeds
+        drawn = torch.randint(steps, (self.num_seeds, batch_size), device=storage.device)
+        own = torch.arange(self.num_seeds, device=storage.device).unsqueeze(-1)
+        return (drawn * self.num_seeds + own).flatten(), {}
+
+
+class SeedReplay(FlatReplay):
+    """Stores one step of every agent after the other, and hands out batches ``[num_seeds, batch_size]``."""
+
+    def __init__(self, buffer: TensorDictReplayBuffer, num_seeds: int, device: str | None) -> None:
+        super().__init__(buffer, device=device)
+        self.num_seeds = num_seeds
+
+    def extend(self, batch: TensorDictBase) -> TensorDictBase:
+        """Store collected frames ``[num_seeds * N, T]``."""
+        steps = batch.reshape(self.num_seeds, -1, batch.shape[-1]).permute(2, 1, 0)
+        return super().extend(steps.contiguous())
+
+    def sample(self, batch: TensorDictBase) -> TensorDictBase:
+        """A batch for every agent."""
+        return super().sample(batch).reshape(self.num_seeds, -1)
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One of the agents, with its weights as they were last written back."""
+
+    seed: int
+    actor: ProbabilisticActor
+    loss: SACLoss
+    evaluated: TensorDictModuleBase
+
+
+def make_env(cfg: DictConfig) -> EnvBase:
+    """The environments of all agents in one batch, those of the first agent first; seeded as in runs of their own."""
+    number = cfg.collector.num_envs
+    if cfg.collector.backend != "serial":
+        wide = cfg.copy()
+        wide.collector.num_envs = number * cfg.num_seeds
+        return backends.make_env(wide)
+    seeds = []
+    for index in range(cfg.num_seeds):
+        seed = cfg.seed + index
+        for _ in range(number):
+            seeds.append(seed)
+            seed = seed_generator(seed)
+    makers = [lambda seed=seed: common.make_env(cfg.env, seed, kwargs=cfg.env_kwargs) for seed in seeds]
+    return SerialEnv(len(makers), makers)
+
+
+def build_agents(cfg: DictConfig, env: EnvBase) -> list[Agent]:
+    """The agents, each made under its own seed."""
+    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
+    agents = []
+    for seed in range(cfg.seed, cfg.seed + cfg.num_seeds):
+        common.seed_everything(seed)
+        actor = sac_pmoe.build_actor(cfg, spec, observation_size)
+        loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, observation_size))
+        agents.append(Agent(seed, actor, loss, sac_pmoe.build_policies(cfg, actor, loss)[1]))
+    return agents
+
+
+def build_trainer(cfg: DictConfig, run_dir: Path, env: EnvBase, loss: StackedLoss) -> tuple[Trainer, SeedReplay]:
+    """The trainer of all agents; it counts the frames of all of them."""
+    number = cfg.num_seeds
+    whole = cfg.copy()
+    whole.total_frames *= number
+    whole.checkpoint.interval *= number
+    whole.replay_buffer.size *= number
+    buffer = sac_pmoe.build_replay_buffer(whole, env.device or "cpu")
+    buffer.set_sampler(SeedSampler(number))
+    replay = SeedReplay(buffer, number, device=None if cfg.device == "cpu" else cfg.device)
+    collector = runs.build_collector(
+        cfg,
+        env,
+        StackedPolicy(loss),
+        frames_per_batch=cfg.collector.frames_per_batch * number,
+        init_random_frames=cfg.collector.init_random_frames * number,
+    )
+    target_updater = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
+    updates = cfg.total_frames * cfg.optim.utd_ratio
+    optimizer = runs.build_optimizer(cfg, loss, None)
+    stepper = runs.build_stepper(cfg, updates, target_updater, shape=(number,))
+    trainer = runs.build_trainer(
+        whole,
+        run_dir,
+        collector=collector,
+        loss=loss,
+        optimizer=optimizer,
+        stepper=stepper,
+        optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * cfg.collector.frames_per_batch)),
+        replay_buffer=buffer,
+        target_net_updater=target_updater,
+    )
+    SelectKeys(sac_pmoe.STORED).register(trainer)
+    trainer.register_op("batch_process", replay.extend)
+    trainer.register_op("process_optim_batch", replay.sample)
+    FiniteLoss(stepper).register(trainer)
+    return trainer, replay
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+class Observer:
+    """Evaluates every agent, and keeps its record in a directory of its own.
+
+    Args:
+        cfg: the resolved config.
+        run_dir: of all agents.
+        agents: what is evaluated.
+        loss: written back before an evaluation.
+        trainer: its stepper's means are recorded.
+        replay: states for the diagnostics are drawn from it.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        run_dir: Path,
+        agents: list[Agent],
+        loss: StackedLoss,
+        trainer: Trainer,
+        replay: SeedReplay,
+    ) -> None:
+        self.cfg, self.agents, self.loss, self.trainer, self.replay = cfg, agents, loss, trainer, replay
+        self.recorders, self.evaluators = [], []
+        for agent in agents:
+            directory = run_dir / f"seed{agent.seed}"
+            directory.mkdir(parents=True, exist_ok=True)
+            title = f"SAC, {cfg.policy}, {cfg.env}, seed {agent.seed}"
+            self.recorders.append(RunRecorder(directory, title=title))
+            self.evaluators.append(runs.build_evaluator(cfg, agent.evaluated, agent.seed))
+
+    def __call__(self, frames: int) -> None:
+        """Evaluate all agents after ``frames`` frames of all of them."""
+        self.loss.write_back()
+        means = self.trainer.optimization_stepper.means_by_element()
+        # the clocks of all stand still while one is evaluated
+        with ExitStack() as paused:
+            rows = [recorder.clock(frames // self.cfg.num_seeds) for recorder in self.recorders]
+            for recorder in self.recorders:
+                paused.enter_context(recorder.paused())
+            for index, row in enumerate(rows):
+                row.update(runs.summarize(self.evaluators[index]()))
+                found = {key: value[index].item() for key, value in means.items()}
+                row.update({key: found.get(key, float("nan")) for key in sac_pmoe.LOSS_COLUMNS})
+                with runs.isolated_rng(self.agents[index].seed):
+                    row.update(self._diagnose(index))
+                self.recorders[index].write(row)
+        self.trainer.optimization_stepper.reset()
+
+    def _diagnose(self, index: int) -> dict[str, float]:
+        agent, number = self.agents[index], self.cfg.num_seeds
+        buffer = self.replay.replay_buffer
+        drawn = torch.randint(len(buffer) // number, (sac_pmoe.DIAGNOSED_STATES,)) * number + index
+        states = buffer[drawn].select("observation").to(self.cfg.device)
+        return sac_pmoe.diagnose(agent.actor, agent.loss, states)
+
+    def status(self) -> dict[str, str]:
+        """The mean return of all agents."""
+        returns = [recorder.last["return_mean"] for recorder in self.recorders if recorder.last]
+        return {"mean return": f"{sum(returns) / len(returns):.4g}"} if returns else {}
+
+    def close(self) -> None:
+        """Draw every record and close the environments."""
+        for recorder, evaluator in zip(self.recorders, self.evaluators, strict=True):
+            recorder.plot()
+            evaluator.close()
+
+
+def train(cfg: DictConfig, run_dir: Path) -> list[Agent]:
+    """Train ``num_seeds`` agents at once; leave ``seed<n>/metrics.csv`` of each in ``run_dir``."""
+    env = make_env(cfg)
+    agents = build_agents(cfg, env)
+    loss = StackedLoss([agent.loss for agent in agents])
+    common.seed_everything(cfg.seed)
+    trainer, replay = build_trainer(cfg, run_dir, env, loss)
+    observer = Observer(cfg, run_dir, agents, loss, trainer, replay)
+    PeriodicEvaluation(observer, cfg.logger.eval_interval * cfg.num_seeds).register(trainer)
+    OmegaConf.save(cfg, run_dir / "config.yaml")
+    unsaved = set() if cfg.checkpoint.replay_buffer else {"replay_buffer"}
+    trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - unsaved
+    one = describe(cfg, agents[0].actor, agents[0].loss.qvalue_network_params)
+    print(f"{one}; {cfg.num_seeds} seeds at once, {backends.describe(cfg)} each")
+    runs.announce(trainer.optimization_stepper)
+    bar = ProgressBar(trainer.total_frames, observer.status, disable=not cfg.logger.progress_bar)
+    bar.register(trainer)
+    with closing(bar), closing(observer):
+        trainer.train()
+    return agents
