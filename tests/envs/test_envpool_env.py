@@ -118,13 +118,15 @@ def test_a_time_limit_truncates_and_does_not_terminate():
 
 
 @needs_envpool
-def test_an_episode_that_fails_in_its_last_step_is_terminated_and_truncated():
+def test_an_episode_that_fails_in_its_last_step_is_terminated_and_truncated(monkeypatch):
     torch.manual_seed(0)
     first = EnvPoolEnv("Hopper-v4", 1, seed=3).rollout(1000)
     assert first["next", "terminated"][0, -1]
     assert not first["next", "truncated"].any()
+    observation, action, config = envpool_env._task("Hopper-v4")
+    shorter = (observation, action, {**config, "max_episode_steps": first.shape[1]})
+    monkeypatch.setattr(envpool_env, "_task", lambda name: shorter)
     env = EnvPoolEnv("Hopper-v4", 1, seed=3)
-    env._max_episode_steps = first.shape[1]
     torch.manual_seed(0)
     last = env.rollout(1000)["next"][:, -1]
     assert last["terminated"].item()
@@ -196,8 +198,9 @@ def test_resetting_one_row_leaves_the_others_where_they_are():
 
 
 @needs_envpool
-def test_what_was_handed_out_is_not_changed_later():
-    env = EnvPoolEnv("Hopper-v4", 2)
+@pytest.mark.parametrize("name", ["Hopper-v4", "Pendulum-v1"])
+def test_what_was_handed_out_is_not_changed_later(name):
+    env = EnvPoolEnv(name, 2)
     data = env.rand_step(env.reset())
     kept = data.clone()
     env.rand_step(data["next"].exclude("reward"))

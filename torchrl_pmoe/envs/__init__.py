@@ -1,4 +1,4 @@
-"""Environments: the paper's target-reaching task, for Gymnasium and as a batched TorchRL environment, and EnvPool's tasks.
+"""Environments: the paper's target-reaching task, single and batched, and EnvPool's tasks as TorchRL environments.
 
 Importing this package registers ``PMOE/TargetReaching-v0`` with Gymnasium.
 """
