@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ from policies import UNIMODAL
 from rules import Rule, choice, device, either, flag, integer, mapping, number, text, widths
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
+from torchrl_pmoe.envs import parallel_env
 from torchrl_pmoe.envs.physics import quiet_mujoco
 from torchrl_pmoe.trainers import NonFiniteError
 
@@ -184,6 +186,8 @@ def launch(main: Callable[[], None], rules: Mapping[str, Rule]) -> None:
     """Run a ``hydra.main`` function; what Hydra refuses ends in one line and exit status 2."""
     # Hydra prints several lines and exits with 1, unless it is told to raise
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # an exit, not a death: what runs beside this process must end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -315,7 +319,7 @@ def make_env(
         return TransformedEnv(GymWrapper(wrap(make_gym(name, kwargs))), DoubleToFloat())
 
     if processes:
-        env: EnvBase = ParallelEnv(num_envs, single)
+        env: EnvBase = parallel_env(num_envs, single)
     else:
         env = single() if num_envs == 1 else SerialEnv(num_envs, single)
     env.set_seed(seed)

@@ -1,4 +1,4 @@
-"""Environments: the paper's target-reaching task and Gymnasium's MuJoCo tasks, batched for TorchRL.
+"""Environments: the paper's target-reaching task, Gymnasium's MuJoCo tasks and EnvPool's, batched for TorchRL.
 
 Importing this package registers ``PMOE/TargetReaching-v0`` with Gymnasium.
 """
@@ -7,6 +7,7 @@ from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
 from torchrl_pmoe.envs.envpool_env import EnvPoolEnv
 from torchrl_pmoe.envs.geometry import TargetReachingTask
 from torchrl_pmoe.envs.mujoco_tasks import MUJOCO_TASKS, MujocoTask, mujoco_task
+from torchrl_pmoe.envs.parallel import parallel_env
 from torchrl_pmoe.envs.target_reaching import TargetReachingEnv, register
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "TargetReachingEnv",
     "TargetReachingTask",
     "mujoco_task",
+    "parallel_env",
 ]
 
 register()

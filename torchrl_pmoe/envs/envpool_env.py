@@ -57,14 +57,21 @@ class EnvPoolEnv(EnvBase):
     """
 
     def __init__(self, name: str, num_envs: int, *, seed: int = 0, num_threads: int | None = None) -> None:
-        threads = min(num_envs, _num_cores()) if num_threads is None else num_threads
-        for key, value, least in (("num_envs", num_envs, 1), ("num_threads", threads, 1), ("seed", seed, 0)):
-            if not isinstance(value, int) or value < least:
+        for key, value, least in (("num_envs", num_envs, 1), ("num_threads", num_threads, 1), ("seed", seed, 0)):
+            default = key == "num_threads" and value is None
+            if not default and (not isinstance(value, int) or value < least):
                 raise ValueError(f"EnvPoolEnv: {key} must be an integer of at least {least}, got {value!r}.")
-        observation, action, self._max_episode_steps = _task(name)
+        observation, action, config = _task(name)
         super().__init__(device="cpu", batch_size=[num_envs])
         self._name = name
-        self._num_threads = threads
+        self._max_episode_steps = int(config["max_episode_steps"])
+        self._settings: dict[str, Any] = {
+            "num_threads": num_threads or min(num_envs, _num_cores()),
+            "max_episode_steps": min(self._max_episode_steps + 1, _MAX_INT32),
+        }
+        if name.endswith("-v4") and "post_constraint" in config:
+            # Gymnasium's v4 tasks compute the contact forces that they observe, EnvPool's leave them at zero
+            self._settings["post_constraint"] = True
         self._pool: Any = None
         self._state: NDArray[Any] = np.zeros((num_envs, *observation.shape), observation.dtype)
         self._ends: dict[str, NDArray[np.bool_]] = {}
@@ -107,10 +114,11 @@ class EnvPoolEnv(EnvBase):
                 self._name,
                 env_type="gymnasium",
                 num_envs=number,
-                num_threads=self._num_threads,
                 seed=rows.tolist(),
-                max_episode_steps=min(self._max_episode_steps + 1, _MAX_INT32),
+                **self._settings,
             )
+            # EnvPool makes it, with Gymnasium's remarks, when it first asks itself: ask here
+            _ = self._pool.observation_space
         # nothing may step before the first reset
         self._ends = {key: np.ones(number, bool) for key in ("done", "terminated", "truncated")}
 
@@ -151,24 +159,29 @@ class EnvPoolEnv(EnvBase):
         return TensorDict({"observation": state, **ends}, batch_size=self.batch_size, device=self.device)
 
 
-def _task(name: str) -> tuple[gym.spaces.Box, gym.spaces.Box, int]:
-    """Spaces of one environment and the steps of an episode."""
+def _task(name: str) -> tuple[gym.spaces.Box, gym.spaces.Box, dict[str, Any]]:
+    """Spaces of observations and actions of one environment, and EnvPool's settings of the task."""
     if importlib.util.find_spec("envpool") is None:
         raise ValueError('EnvPoolEnv: EnvPool is not installed; pip install -e ".[envpool]" installs it.')
     import envpool
 
     if name not in envpool.list_all_envs():
         raise ValueError(f"EnvPoolEnv: EnvPool has no task {name!r}; envpool.list_all_envs() names those it has.")
-    with _quiet():
-        spec = envpool.make_spec(name)
-        observation, action = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    try:
+        with _quiet():
+            spec = envpool.make_spec(name)
+            observation, action = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    # a family that needs files or libraries which are not here raises what it likes
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"EnvPoolEnv: EnvPool cannot make {name} ({reason})") from error
     for kind, space in (("observations", observation), ("actions", action)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
             given = " ".join(str(space).split())
             raise ValueError(f"EnvPoolEnv: {name} must have a Box vector of {kind} in floating point, it has {given}.")
     if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
         raise ValueError(f"EnvPoolEnv: {name} must have bounded actions, it has {action}.")
-    return observation, action, int(spec.config.max_episode_steps)
+    return observation, action, spec.config._asdict()
 
 
 @contextmanager
