@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tensordict import TensorDict
 from torchrl.data import Bounded
 from torchrl.objectives import SoftUpdate
 
@@ -47,8 +48,8 @@ def stacked_update(overrides: Sequence[str], seeds: int, device: str, compiled: 
     shape = () if seeds == 1 else (seeds,)
     stepper = runs.build_stepper(cfg, 0, target, shape=shape)
     trainer = update.stand_in(loss, runs.build_optimizer(cfg, loss, None))
-    batch = torch.stack([update.make_batch(device) for _ in range(seeds)])
-    batch = batch[0] if seeds == 1 else batch
+    batches = [update.make_batch(device) for _ in range(seeds)]
+    batch = batches[0] if seeds == 1 else TensorDict.stack(batches)
     return lambda: stepper.step(trainer, batch.copy())
 
 
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     claims = [
         Claim(f"cost of {many} over one ({mode})", f"{many} ({mode})", f"{one} ({mode})", 2.0, at_least=False)
         for mode in args.modes
-        if 1 in args.seeds
+        # asked of a GPU, where one agent leaves most of it idle; a CPU has no room to spare
+        if 1 in args.seeds and args.device != "cpu"
     ]
     report(found, unit="ms", base=next(iter(updates)), claims=claims, output=args.output)
 
