@@ -259,16 +259,14 @@ def build_loss(
         return branch_on_the_host(ClipPPOLoss(actor, value, **kwargs))
     names = ("routing_coef", "routing_loss", "num_proposals", "qvalue_coeff")
     return branch_on_the_host(
-        PMOEClipPPOLoss(
-            actor, value, qvalue, routing=cfg.routing, **{name: cfg.loss[name] for name in names}, **kwargs
-        )
+        PMOEClipPPOLoss(actor, value, qvalue, routing=cfg.routing, **{name: cfg.loss[name] for name in names}, **kwargs)
     )
 
 
 def branch_on_the_host(loss: ClipPPOLoss) -> ClipPPOLoss:
     """Make the bound of the value's move a plain number.
 
-    TorchRL keeps it as a tensor and asks whether it is zero: that waits for a GPU, and breaks a compiled update into six.
+    TorchRL keeps it as a tensor and asks whether it is zero: that waits for a GPU and cuts a compiled update in six.
     """
     bound = None if loss.clip_value is None else float(loss.clip_value)
     del loss.clip_value

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
-from torchrl.envs import EnvBase, ParallelEnv
+from torchrl.envs import EnvBase, EnvCreator, ParallelEnv
 
 __all__ = ["parallel_env"]
 
@@ -43,7 +43,7 @@ def parallel_env(num_envs: int, create: Callable[[], EnvBase]) -> ParallelEnv:
     if not isinstance(num_envs, int) or num_envs < 1:
         raise ValueError(f"parallel_env: num_envs must be an integer of at least 1, got {num_envs!r}.")
     # without daemon, Python waits at its exit for processes that wait for it
-    env = ParallelEnv(num_envs, create, mp_start_method=_start_method(), daemon=True)
+    env = ParallelEnv(num_envs, EnvCreator(create), mp_start_method=_start_method(), daemon=True)
     with _interrupts_held():
         env.start()
     return env
