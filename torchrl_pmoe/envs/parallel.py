@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -29,7 +30,7 @@ def parallel_env(num_envs: int, create: Callable[[], EnvBase]) -> ParallelEnv:
             more in this one, for the specs.
 
     Returns:
-        An environment of batch size ``[num_envs]``.
+        An environment of batch size ``[num_envs]``, on the CPU; ``to(device)`` before ``set_seed`` for another device.
 
     Raises:
         ValueError: for fewer than one environment.
@@ -42,8 +43,9 @@ def parallel_env(num_envs: int, create: Callable[[], EnvBase]) -> ParallelEnv:
     """
     if not isinstance(num_envs, int) or num_envs < 1:
         raise ValueError(f"parallel_env: num_envs must be an integer of at least 1, got {num_envs!r}.")
-    # without daemon, Python waits at its exit for processes that wait for it
-    env = ParallelEnv(num_envs, EnvCreator(create), mp_start_method=_start_method(), daemon=True)
+    # without daemon, Python waits at its exit for processes that wait for it; without a device, the first collector
+    # to name one would seed the environments again, with a warning
+    env = ParallelEnv(num_envs, EnvCreator(create), device="cpu", mp_start_method=_start_method(), daemon=True)
     with _interrupts_held():
         env.start()
     return env
@@ -65,8 +67,16 @@ def _interrupts_held() -> Iterator[None]:
         return
     # its first start would let the signal through again
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    held: list[int] = []
+    # PyTorch's threads do not have this one's mask: what one of them gets, Python's handler would raise here
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if in_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
