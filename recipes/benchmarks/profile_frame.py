@@ -34,7 +34,7 @@ import sac_pmoe
 import watched_runs
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from rounds import alternate, at_least_one, chosen, command_line, place, print_table, stop, write_csv
+from rounds import RESULTS, alternate, at_least_one, chosen, command_line, place, print_table, stop, write_csv
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.envs.libs.gym import GymWrapper
@@ -48,6 +48,7 @@ SCORINGS = {
     ppo_pmoe: {"responsibility, K=4": "responsibility", "critic-scored, K=4": "critic"},
 }
 FRAMES = {sac_pmoe: (300, 500), ppo_pmoe: (2048, 4096)}
+OUTPUTS = {sac_pmoe: "profile_frame.csv", ppo_pmoe: "profile_frame_ppo.csv"}
 PARTS = (
     "simulator",
     "Gymnasium's wrappers",
@@ -209,7 +210,8 @@ def profile(recipe: ModuleType, cfg: DictConfig, warm_up: int, frames: int) -> d
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Profile, print the table, keep the raw figures."""
-    parser = command_line(__doc__, "profile_frame.csv")
+    parser = command_line(__doc__, " or ".join(OUTPUTS.values()))
+    parser.set_defaults(output=None)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe, for all variants")
     names = [recipe.__name__ for recipe in FRAMES]
     parser.add_argument("--recipe", choices=names, default=names[0], help=f"({names[0]})")
@@ -242,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows.append(["frames/s", *(f"{1e3 / total:.0f}" for total in totals.values())])
     print_table(["ms a frame (share)", *found], rows)
     write_csv(
-        args.output,
+        args.output or RESULTS / OUTPUTS[recipe],
         ["variant", "part", *(f"ms_{index}" for index in range(args.rounds))],
         [[name, part, *(result[part] for result in results)] for name, results in found.items() for part in PARTS],
     )

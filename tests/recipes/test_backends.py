@@ -116,6 +116,7 @@ def test_ppo_trains_and_resumes_on_every_backend(backend, tmp_path):
     assert [row["frames"] for row in recipe_runs.rows(tmp_path)] == ["256", "512"]
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_serial_and_parallel_collect_the_same_frames():
     def first(backend):
         overrides = [*SMALL_SAC, f"collector.backend={backend}", "collector.num_envs=2"]
