@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import common
 import gymnasium as gym
 from omegaconf import DictConfig
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 
-from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, mujoco_task
+from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, FiniteStep, mujoco_task
 from torchrl_pmoe.envs.physics import has_mjx
 
 BACKENDS = ("serial", "parallel", "envpool", "mjx")
@@ -67,10 +67,15 @@ def make_env(cfg: DictConfig, wrap: Callable[[gym.Env], gym.Env] = lambda env: e
         cfg: ``env``, ``env_kwargs``, ``seed``, ``device`` and ``collector`` are read.
         wrap: puts Gymnasium's wrappers around each (``serial``).
     """
-    backend, number = cfg.collector.backend, cfg.collector.num_envs
+    backend, number, skip = cfg.collector.backend, cfg.collector.num_envs, cfg.on_nonfinite == "skip"
     if backend == "mjx":
         print("MJX compiles the physics: up to a minute")
-        return mujoco_task(cfg.env, number, seed=cfg.seed, device=cfg.device)
-    if backend == "envpool":
-        return EnvPoolEnv(cfg.env, number, seed=cfg.seed)
-    return common.make_env(cfg.env, cfg.seed, number, wrap, cfg.env_kwargs, processes=backend == "parallel")
+        batched: EnvBase = mujoco_task(cfg.env, number, seed=cfg.seed, device=cfg.device)
+    elif backend == "envpool":
+        batched = EnvPoolEnv(cfg.env, number, seed=cfg.seed)
+    else:
+        processes = backend == "parallel"
+        return common.make_env(
+            cfg.env, cfg.seed, number, wrap, cfg.env_kwargs, processes=processes, skip_nonfinite=skip
+        )
+    return TransformedEnv(batched, FiniteStep()) if skip else batched

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import gymnasium as gym
@@ -26,7 +27,8 @@ from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
-from torchrl_pmoe.envs import parallel_env
+from torchrl_pmoe.envs import FiniteSteps, parallel_env
+from torchrl_pmoe.envs.finite import read_nonfinite
 from torchrl_pmoe.envs.physics import quiet_mujoco
 from torchrl_pmoe.trainers import NonFiniteError
 
@@ -44,6 +46,24 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 class UsageError(Exception):
     """A config that cannot be run: one line that names the key, the value and what is allowed."""
+
+
+class RunError(Exception):
+    """A run that cannot go on: one line that says why, and what is left of it."""
+
+
+class Interrupted(Exception):
+    """A run that was told to stop and has written a checkpoint.
+
+    Args:
+        number: of the signal.
+        frames: that the run has.
+    """
+
+    def __init__(self, number: int, frames: int) -> None:
+        super().__init__()
+        self.number, self.frames = number, frames
+        self.command = ""
 
 
 RULES: dict[str, Rule] = {
@@ -78,8 +98,10 @@ RULES: dict[str, Rule] = {
     "logger.eval_max_steps": integer(1),
     "logger.eval_expert": either(choice("largest", "drawn"), None),
     "logger.progress_bar": flag(),
+    "on_nonfinite": choice("stop", "skip"),
+    "resume": either(text(), None),
     "checkpoint.interval": integer(1),
-    "checkpoint.keep_last": integer(1),
+    "checkpoint.keep": integer(1),
 }
 """The keys that every recipe has."""
 
@@ -90,7 +112,7 @@ def check_config(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
     Raises:
         UsageError: on the first key that is unknown, missing or holds what its rule does not allow.
     """
-    values = dict(_leaves(cfg, rules))
+    values = dict(leaves(cfg, rules))
     for key in [*values, *rules]:
         if key not in rules:
             raise UsageError(unknown_key(key, values[key], rules))
@@ -154,8 +176,12 @@ def refuse(cfg: DictConfig, refused: Mapping[str, tuple[bool, str]]) -> None:
             raise UsageError(f"{key}={OmegaConf.select(cfg, key)}: must be {allowed}")
 
 
-def _leaves(cfg: DictConfig, rules: Mapping[str, Rule]) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; what has a rule of its own is not looked into."""
+def leaves(cfg: DictConfig, rules: Mapping[str, Rule] = MappingProxyType({})) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; what has a rule of its own is not looked into.
+
+    Raises:
+        UsageError: for a config that cannot be resolved.
+    """
     try:
         tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -198,7 +224,7 @@ def launch(main: Callable[[], None], rules: Mapping[str, Rule]) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a run with one line on stderr: status 2 for a config that cannot be run, 1 for numbers gone bad.
+    """End a run with one line on stderr: status 2 for a config that cannot be run, 1 for what went bad on the way.
 
     Stands around the whole body of a ``hydra.main`` function, since Hydra has words of its own for every exception.
     """
@@ -207,8 +233,10 @@ def one_line_errors() -> Iterator[None]:
     except UsageError as error:
         remove_empty(Path(HydraConfig.get().runtime.output_dir))
         _stop(f"error: {error}", 2)
-    except NonFiniteError as error:
+    except (NonFiniteError, RunError) as error:
         _stop(f"error: {error}", 1)
+    except Interrupted as stop:
+        _stop(f"stopped at frame {stop.frames:,}, with a checkpoint; goes on with: {stop.command}", 128 + stop.number)
     except RuntimeError as error:
         # a tensordict's context manager answers an interrupt with an error of its own
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -303,6 +331,7 @@ def make_env(
     kwargs: Mapping[str, Any] | None = None,
     *,
     processes: bool = False,
+    skip_nonfinite: bool = False,
 ) -> EnvBase:
     """A seeded TorchRL environment of Gymnasium's ``name``, in float32.
 
@@ -313,10 +342,13 @@ def make_env(
         wrap: puts Gymnasium's wrappers around each.
         kwargs: of the environment.
         processes: whether each environment has a process of its own.
+        skip_nonfinite: mark steps with NaN or infinite numbers, and end the episode there.
     """
 
     def single() -> EnvBase:
-        return TransformedEnv(GymWrapper(wrap(make_gym(name, kwargs))), DoubleToFloat())
+        gym_env = make_gym(name, kwargs)
+        env = GymWrapper(wrap(FiniteSteps(gym_env) if skip_nonfinite else gym_env))
+        return TransformedEnv(read_nonfinite(env) if skip_nonfinite else env, DoubleToFloat())
 
     if processes:
         env: EnvBase = parallel_env(num_envs, single)

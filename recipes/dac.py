@@ -31,7 +31,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 from torchrl_pmoe.modules.options import OptionActor
 from torchrl_pmoe.objectives import DACLoss, DoubleGAE
 
-_SHARED = ("env", "env_kwargs", "seed", "total_frames", "actions", "device", "resume")
+_SHARED = ("env", "env_kwargs", "seed", "total_frames", "actions", "device", "resume", "on_nonfinite")
 # keys of PPO about experts and the Q-network
 _NOT_HERE = (
     "network.qvalue_hidden_sizes",

@@ -30,6 +30,8 @@ EPSILON = 1e-8
 # what Gymnasium's statistics count before the first observation
 EPSILON_COUNT = 1e-4
 RECENT_EPISODES = 100
+# what a batch of environments has of the episodes that are under way or have just ended
+RUNNING = ("discounted", "undiscounted", "ended")
 
 
 class BatchMeanStd:
@@ -146,15 +148,23 @@ class RunningNormalization:
         return ((observation - mean.to(observation.dtype)) / std.to(observation.dtype)).clamp(-self.clip, self.clip)
 
     def state_dict(self) -> dict[str, Any]:
-        """Mean, variance and count of everything that is normalised."""
-        return {
+        """Mean, variance and count of everything that is normalised, and the returns of the latest episodes."""
+        moments = {
             f"{name}.{moment}": torch.as_tensor(getattr(found, moment), dtype=torch.float64).clone()
             for name, found in self.statistics.items()
             for moment in ("mean", "var", "count")
         }
+        running = {} if self._batch is None else {name: getattr(self._batch, name).clone() for name in RUNNING}
+        return {**moments, **running, "episode_returns": torch.tensor(self.episode_returns, dtype=torch.float64)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the statistics of a checkpoint."""
+        self.episode_returns.clear()
+        self.episode_returns.extend(state_dict["episode_returns"].tolist())
+        if self._batch is not None:
+            for name in RUNNING:
+                value = getattr(self._batch, name)
+                setattr(self._batch, name, state_dict[name].to(value.device, copy=True))
         for name, found in self.statistics.items():
             for moment in ("mean", "var", "count"):
                 value = state_dict[f"{name}.{moment}"]

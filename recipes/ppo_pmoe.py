@@ -25,7 +25,7 @@ from normalization import NormalizedPolicy, RunningNormalization
 from omegaconf import DictConfig
 from policies import build_experts_actor, describe
 from ranking import Ranking, measure_ranking
-from rules import Rule, choice, either, flag, integer, number, text, widths
+from rules import Rule, choice, either, flag, integer, number, widths
 from tensordict import TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
@@ -47,7 +47,6 @@ RULES: dict[str, Rule] = {
     "scoring": either(choice("responsibility", "frequency", "critic"), None),
     "routing": either(choice("frequency", "soft_frequency", "score_function", "marginal", "none"), None),
     "actions": choice("unbounded", "bounded"),
-    "resume": either(text(), None),
     "network.qvalue_hidden_sizes": widths(),
     "network.router": choice("linear", "detached", "shared", "separate"),
     "network.head_gain": number(above=0),
@@ -405,6 +404,8 @@ def build_trainer(
     schedule = build_schedule(cfg, optimizer)
     LRSchedulerHook(schedule).register(trainer)
     trainer.register_module(NORMALIZATION, agent.normalization)
+    # the order of the first epoch is drawn when the last one ends
+    trainer.register_module("sampler", buffer.sampler)
     return trainer, schedule
 
 
@@ -438,6 +439,8 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
             row.update({f"qvalue_rank_{name}": value for name, value in asdict(found).items()})
         return row
 
+    if cfg.policy == "pmoe":
+        runs.watch_experts(trainer, actor, lambda: buffer[:].select("observation"))
     checkpoint = resume.checkpoint_to_resume(cfg, NEEDED)
     runs.train_and_record(
         cfg,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -65,27 +67,41 @@ class RunRecorder:
         if not kept:
             return
         self._fields = list(kept[0])
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._fields)
-            writer.writeheader()
-            writer.writerows(kept)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._fields)
+        writer.writeheader()
+        writer.writerows(kept)
+        replace(self.path, text.getvalue())
         self.last = {name: float(value) for name, value in kept[-1].items() if value}
         self._start -= self.last.get("wall_seconds", 0.0)
         self._paused += self.last.get("wall_seconds", 0.0)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; the first one fixes the columns."""
+        text = io.StringIO(newline="")
+        writer, mode = csv.writer(text), "a"
         if not self._fields:
-            self._fields = list(row)
-            with self.path.open("w", newline="") as file:
-                csv.writer(file).writerow(self._fields)
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([_cell(row.get(name)) for name in self._fields])
+            self._fields, mode = list(row), "w"
+            writer.writerow(self._fields)
+        writer.writerow([_cell(row.get(name)) for name in self._fields])
+        # in one go: a row is there or not
+        with self.path.open(mode, newline="") as file:
+            file.write(text.getvalue())
         self.last = dict(row)
 
     def plot(self) -> Path | None:
         """Draw return and expert usage over frames."""
         return plot_run(self.path, self.title) if self._fields else None
+
+
+def replace(path: Path, text: str) -> None:
+    """Put ``text`` in the place of a file, which is the old one or the new one at any time."""
+    part = path.with_name(f".{path.name}.partial")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def _cell(value: float | None) -> str:

@@ -2,64 +2,204 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from common import UsageError, one_line_errors, prepare_torch, remove_empty
+import common
+from common import Interrupted, UsageError, one_line_errors, prepare_torch, remove_empty
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torchrl.checkpoint import Checkpoint, CheckpointRotation
+from torchrl.checkpoint import CheckpointError, CheckpointRotation
+from torchrl.trainers import Trainer
 from yaml import YAMLError
 
-CHANGEABLE = ("total_frames", "logger.", "checkpoint.")
+from torchrl_pmoe.trainers import VerifiedCheckpoint
+
+FORMAT = 2
+"""Of what a run keeps; 1 was TorchRL's own checkpoint, without replay rows, episodes and checksums."""
+CHANGEABLE = ("total_frames", "logger.", "checkpoint.", "compile.", "optim.num_threads", "on_nonfinite")
 """The keys that may change when a run goes on."""
+CHECKPOINTS = "checkpoints"
+_ABOUT = "torchrl_pmoe"
+
+
+# ----------------------------------------------------------------------------------- the files of a run
+
+
+def metadata(cfg: DictConfig) -> Callable[[Trainer], dict[str, Any]]:
+    """What a checkpoint says of the run that it belongs to."""
+    kept = cfg.copy()
+    kept.resume = None
+    about = {"format": FORMAT, "config": OmegaConf.to_container(kept)}
+    return lambda trainer: {_ABOUT: about}
+
+
+def recipe_of(config: DictConfig) -> str:
+    """The recipe that a resolved config belongs to."""
+    if "policies" in config:
+        return "target_reaching"
+    if "num_options" in config:
+        return "dac"
+    return "ppo_pmoe" if "normalization" in config else "sac_pmoe"
+
+
+def rotation(run: Path, keep: int = 1) -> CheckpointRotation:
+    """The checkpoints of a run."""
+    return CheckpointRotation(run / CHECKPOINTS, keep_last=keep)
+
+
+def open_run(path: Path) -> tuple[DictConfig, Path]:
+    """The config and the last checkpoint of a run, after a look at every byte of it.
+
+    Args:
+        path: the run's directory, or one of its checkpoints.
+
+    Raises:
+        UsageError: in one line, where it is no run, or a damaged one; an older checkpoint that is whole is named.
+    """
+    allowed = "the directory of a run, with its config.yaml and checkpoints"
+    run, given = (path.parent.parent, path) if path.parent.name == CHECKPOINTS else (path, None)
+    candidates = sorted((run / CHECKPOINTS).glob("checkpoint-*"), reverse=True) if given is None else [given]
+    # what a full disk or a copy has left half is still the last one, and is told
+    candidates = [found for found in candidates if re.fullmatch(r"checkpoint-\d+", found.name)]
+    if not candidates:
+        found = " yet" if (run / "config.yaml").is_file() else ""
+        raise UsageError(f"{path}: must be {allowed}; there is no checkpoint{found}")
+    checkpoint = candidates[0]
+    try:
+        about = read_metadata(checkpoint)
+    except CheckpointError as error:
+        older = next((found for found in _others(run, checkpoint) if _is_whole(found)), None)
+        offer = "no older one is whole" if older is None else f"an older one is whole: resume={older}"
+        raise UsageError(f"{path}: must hold a whole checkpoint; {error}; {offer}") from error
+    config = OmegaConf.create(about["config"])
+    assert isinstance(config, DictConfig)
+    _refuse_other_config(run, checkpoint, config)
+    return config, checkpoint
+
+
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of its run.
+
+    Raises:
+        CheckpointError: in one line, where it is not whole, or was written by an older or a newer version.
+    """
+    if (checkpoint / "manifest.json").is_file() and not (checkpoint / "SHA256SUMS").is_file():
+        raise CheckpointError(f"{checkpoint.name} has no SHA256SUMS: it was written by an older version, or in part")
+    about = VerifiedCheckpoint.verify(checkpoint)["metadata"].get(_ABOUT)
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        raise CheckpointError(f"{checkpoint.name} is of format {found}, this version reads {FORMAT}")
+    return about
+
+
+def _others(run: Path, checkpoint: Path) -> list[Path]:
+    """The checkpoints before one, the newest first."""
+    found = sorted((run / CHECKPOINTS).glob("checkpoint-*"), reverse=True)
+    return [path for path in found if path.name < checkpoint.name]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_metadata(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _refuse_other_config(run: Path, checkpoint: Path, config: DictConfig) -> None:
+    """A checkpoint that was put into the directory of another run."""
+    try:
+        there = OmegaConf.load(run / "config.yaml")
+        flat = dict(common.leaves(there)) if isinstance(there, DictConfig) else None
+    except (OSError, ValueError, YAMLError, UsageError):
+        flat = None
+    if flat is None:
+        raise UsageError(f"{run}: must hold the run's config.yaml, which is missing or damaged")
+    for key, value in common.leaves(config):
+        if not key.startswith(CHANGEABLE) and key != "resume" and flat.get(key) != value:
+            raise UsageError(
+                f"{run}: must be the run of its checkpoints; {checkpoint.name} was written with {key}={value}, "
+                f"config.yaml has {flat.get(key)}"
+            )
+
+
+def load_components(checkpoint: Path, components: Mapping[str, Any]) -> None:
+    """Restore some components of a checkpoint.
+
+    Raises:
+        UsageError: in one line, where one is missing or does not fit.
+    """
+    try:
+        VerifiedCheckpoint(**components).load(checkpoint, components=list(components), map_location="cpu")
+    except CheckpointError as error:
+        raise does_not_fit(checkpoint, error) from error
+
+
+def does_not_fit(checkpoint: Path, error: CheckpointError) -> UsageError:
+    """The line for a checkpoint that cannot be loaded."""
+    reason = " ".join(str(error).split())
+    return UsageError(f"resume={checkpoint}: must be a checkpoint of this run ({reason[:300]})")
+
+
+# ----------------------------------------------------------------------------------------- going on
 
 
 def resumed_config(cfg: DictConfig) -> DictConfig:
     """The config of the run that ``resume`` names, with the changes that a run may take on its way.
 
+    ``resume`` of the result is the checkpoint.
+
     Raises:
-        UsageError: where there is no such run, or another key was given.
+        UsageError: where there is no such run, it is one of another recipe, or another key was given.
     """
-    allowed = "the directory of a run, with its config.yaml and checkpoints"
     if not isinstance(cfg.resume, str) or not cfg.resume:
-        raise UsageError(f"resume={cfg.resume}: must be {allowed}")
-    run = Path(cfg.resume)
+        raise UsageError(f"resume={cfg.resume}: must be the directory of a run, with its config.yaml and checkpoints")
     try:
-        old = OmegaConf.load(run / "config.yaml")
-    except (OSError, YAMLError):
-        old = None
-    if not isinstance(old, DictConfig) or last_checkpoint(run) is None:
-        raise UsageError(f"resume={run}: must be {allowed}")
+        old, checkpoint = open_run(Path(cfg.resume))
+    except UsageError as error:
+        raise UsageError(f"resume={error}") from error
+    recipe, here = recipe_of(old), HydraConfig.get().job.name
+    if recipe != here:
+        raise UsageError(f"resume={cfg.resume}: must be a run of {here}.py, it is one of {recipe}.py")
+    apply_changes(old, cfg)
+    old.resume = str(checkpoint)
+    return old
+
+
+def apply_changes(old: DictConfig, cfg: DictConfig) -> None:
+    """Put what was given beside ``resume`` into the config of the run that goes on.
+
+    Raises:
+        UsageError: for a key that must stay.
+    """
     for override in HydraConfig.get().overrides.task:
-        key = override.split("=", 1)[0]
+        key = override.lstrip("+~").split("=", 1)[0]
         if key.startswith(CHANGEABLE) and key != "logger.rank_states":  # that one adds columns
             OmegaConf.update(old, key, OmegaConf.select(cfg, key))
         elif key != "resume":
             raise UsageError(
-                f"{override}: must be left out with resume={run}, whose own config.yaml holds; "
-                "total_frames, logger and checkpoint keys may change"
+                f"{override}: must be left out with resume={cfg.resume}, whose own config holds; "
+                "total_frames, on_nonfinite, optim.num_threads, logger, checkpoint and compile keys may change"
             )
-    old.resume = cfg.resume
-    return old
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint in a run's directory, ``None`` where there is none."""
-    return CheckpointRotation(run / "checkpoints", keep_last=1).latest() if (run / "checkpoints").is_dir() else None
 
 
 def run_directory(cfg: DictConfig) -> Path:
     """Where a run keeps its records: Hydra's directory, or that of the run that goes on."""
     directory = Path(HydraConfig.get().runtime.output_dir)
-    if OmegaConf.select(cfg, "resume") is None:
+    if cfg.resume is None:
         return directory
     remove_empty(directory)
-    return Path(cfg.resume)
+    return Path(cfg.resume).parent.parent
 
 
 def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str]) -> Path | None:
-    """The last checkpoint of the run that ``resume`` names, ``None`` without one.
+    """The checkpoint that a resolved config goes on from, ``None`` without one.
 
     Args:
         cfg: the config.
@@ -70,19 +210,37 @@ def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str]) -> Path | N
     """
     if cfg.resume is None:
         return None
-    path = last_checkpoint(Path(cfg.resume))
-    assert path is not None
-    held = Checkpoint.manifest(path)["components"]
+    path = Path(cfg.resume)
+    held = VerifiedCheckpoint.manifest(path)["components"]
     for component, words in needed.items():
         if component not in held:
             raise UsageError(f"resume={cfg.resume}: must hold {words}; {path.name} has no {component}")
     return path
 
 
+def tidy(run: Path, checkpoint: Path) -> None:
+    """Clear away what a killed run has left half, and set aside checkpoints after the one that it goes on from."""
+    for path in (run / CHECKPOINTS).iterdir():
+        if path.name.startswith(".checkpoint-"):
+            shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(r"checkpoint-\d+", path.name) and path.name > checkpoint.name:
+            aside = path.with_name(f"set-aside-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"{path} is of a later frame: now {aside.name}")
+
+
+def command_to_resume(run: Path) -> str:
+    """What to type to go on with a run."""
+    where = str(run.relative_to(Path.cwd())) if run.is_relative_to(Path.cwd()) else str(run)
+    plain = re.fullmatch(r"[\w./+:-]+", where)
+    return f"python {sys.argv[0]} " + (f"resume={where}" if plain else shlex.quote(f"resume='{where}'"))
+
+
 def start_or_resume(
-    cfg: DictConfig, resolve: Callable[[DictConfig], None], train: Callable[[DictConfig, Path], None]
+    cfg: DictConfig, resolve: Callable[[DictConfig], Any], train: Callable[[DictConfig, Path], Any]
 ) -> None:
-    """The body of a recipe that can go on: check the config, then train; errors end in one line.
+    """The body of a recipe: check the config, then train, from the start or a checkpoint; errors end in one line.
 
     Args:
         cfg: as composed.
@@ -94,4 +252,9 @@ def start_or_resume(
             cfg = resumed_config(cfg)
         resolve(cfg)
         prepare_torch(cfg)
-        train(cfg, run_directory(cfg))
+        run = run_directory(cfg)
+        try:
+            train(cfg, run)
+        except Interrupted as interrupted:
+            interrupted.command = command_to_resume(run)
+            raise

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import resume
 import torch
-from common import UsageError, make_gym
+from common import Interrupted, RunError, UsageError, make_gym
 from omegaconf import DictConfig, OmegaConf
-from recording import RunRecorder
+from recording import RunRecorder, replace
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
+from torchrl.checkpoint import CheckpointError, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -28,18 +32,23 @@ from torchrl.trainers import Trainer
 
 from torchrl_pmoe import NormalMixture
 from torchrl_pmoe.distributions.proposals import take_expert
+from torchrl_pmoe.envs import EpisodeState
+from torchrl_pmoe.envs.simulators import generator_state, load_generator_state
 from torchrl_pmoe.trainers import (
+    ExpertCollapse,
     FiniteBatch,
     FusedOptimizationStepper,
     NonFiniteError,
     PeriodicEvaluation,
     ProgressBar,
+    VerifiedCheckpoint,
     mixture_diagnostics,
     saturation,
 )
 
 # updates that win back the time of compiling them, with much to spare
 WORTH_COMPILING = 50_000
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 # ------------------------------------------------------------------------------------------- evaluation
 
@@ -56,6 +65,7 @@ class Evaluator:
         seed: of the environments and of what the policy may draw.
         device: of the policy.
         env_kwargs: of the environments.
+        on_nonfinite: whether an episode with a NaN or infinite number ends the run (``"stop"``) or is not counted.
     """
 
     def __init__(
@@ -68,8 +78,10 @@ class Evaluator:
         seed: int,
         device: str = "cpu",
         env_kwargs: Mapping[str, Any] | None = None,
+        on_nonfinite: str = "stop",
     ) -> None:
         self.policy = policy
+        self.on_nonfinite = on_nonfinite
         self.max_steps = max_steps
         self.device = device
         self.seed = seed
@@ -79,7 +91,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The return of every episode, ``[episodes]``."""
+        """The return of every episode, ``[episodes]``; nan for one that is not counted."""
         with isolated_rng(self.seed), set_exploration_type(ExplorationType.DETERMINISTIC):
             return self._episodes()
 
@@ -96,16 +108,27 @@ class Evaluator:
             for index, action in zip(running, actions, strict=True):
                 observation[index], reward, terminated, truncated, _ = self.envs[index].step(action)
                 returns[index] += float(reward)
-                if not (terminated or truncated):
+                if not (np.isfinite(observation[index]).all() and np.isfinite(reward)):
+                    if self.on_nonfinite == "stop":
+                        raise NonFiniteError("the evaluation met a NaN or infinite reward or observation: the run stops here")
+                    returns[index] = torch.nan
+                elif not (terminated or truncated):
                     still.append(index)
             kept = [row for row, index in enumerate(running) if index in still]
             carried = td.get("next", TensorDict({}, [len(running)]))[kept]
             running = still
             if not running:
                 break
-        if not (returns.isfinite().all() and np.isfinite(observation).all()):
-            raise NonFiniteError("the evaluation met a NaN or infinite reward or observation: the run stops here")
         return returns
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random generators of the environments; every evaluation begins with new episodes."""
+        return {"generators": [generator_state(env) for env in self.envs]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the random generators."""
+        for env, state in zip(self.envs, state_dict["generators"], strict=False):
+            load_generator_state(env, state)
 
     def close(self) -> None:
         """Close the environments."""
@@ -214,6 +237,7 @@ def build_stepper(
         compile=compiles(cfg, updates),
         cudagraphs=cfg.compile.cudagraphs,
         shape=shape,
+        on_nonfinite=cfg.on_nonfinite,
     )
 
 
@@ -233,11 +257,15 @@ def build_evaluator(cfg: DictConfig, policy: TensorDictModuleBase, seed: int) ->
         seed=seed + 1_000_000,
         device=cfg.device,
         env_kwargs=cfg.env_kwargs,
+        on_nonfinite=cfg.on_nonfinite,
     )
 
 
 def summarize(returns: Tensor) -> dict[str, float]:
-    """Mean and standard deviation of the returns of an evaluation, ``[episodes]``."""
+    """Mean and standard deviation of the returns of an evaluation that count, ``[episodes]``."""
+    returns = returns[~returns.isnan()]
+    if not len(returns):
+        return {"return_mean": float("nan"), "return_std": float("nan")}
     return {"return_mean": returns.mean().item(), "return_std": returns.std(correction=0).item()}
 
 
@@ -293,13 +321,66 @@ def build_trainer(
         progress_bar=False,
         # the trainer saves once more frames than this have passed
         save_trainer_interval=cfg.checkpoint.interval - 1,
-        checkpoint=Checkpoint(rng=GlobalRNGState()),
-        checkpoint_rotation=CheckpointRotation(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
+        checkpoint=VerifiedCheckpoint(rng=GlobalRNGState(), episodes=EpisodeState(collector, cfg.seed)),
+        checkpoint_rotation=resume.rotation(run_dir, cfg.checkpoint.keep),
+        checkpoint_metadata=resume.metadata(cfg),
         auto_log_optim_steps=False,
         **kwargs,
     )
-    FiniteBatch(["observation", ("next", "observation"), ("next", "reward")]).register(trainer)
+    FiniteBatch(["observation", ("next", "observation"), ("next", "reward")], cfg.on_nonfinite).register(trainer)
     return trainer
+
+
+def watch_experts(trainer: Trainer, actor: ProbabilisticActor, states: Callable[[], TensorDictBase]) -> None:
+    """Warn once when one expert takes over.
+
+    Args:
+        trainer: of the run.
+        actor: the policy.
+        states: that it has met lately, ``[B]``.
+    """
+
+    @torch.no_grad()
+    def usage() -> Tensor:
+        return actor.get_dist(states()).probs.mean(0)
+
+    ExpertCollapse(
+        usage,
+        advice="a smaller loss.routing_coef or optim.router_lr, routing=soft_frequency backprop=weighted score=mixture, or "
+        "routing=none show whether the others are needed; PMOEActor(floor=...) keeps them in use",
+    ).register(trainer)
+
+
+@contextmanager
+def finish_on_signal(trainer: Trainer) -> Iterator[list[int]]:
+    """Let the first SIGINT or SIGTERM end the training after its batch, with a checkpoint; the next one acts at once.
+
+    Yields:
+        the numbers of the signals so far.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        usual = before[signal.Signals(number)]
+        if len(received) > 1 and callable(usual):
+            usual(number, frame)
+        trainer.request_stop(signal.Signals(number).name)
+        # the interpreter may be printing just now
+        os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
+
+    for number, usual in before.items():
+        if usual is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
 
 
 def train_and_record(
@@ -342,6 +423,7 @@ def train_and_record(
     )
 
     def evaluate(frames: int) -> None:
+        stepper.check()
         row = recorder.clock(frames)
         with recorder.paused():
             row.update(summarize(evaluator()))
@@ -349,6 +431,8 @@ def train_and_record(
             row.update({key: means.get(key, float("nan")) for key in loss_columns})
             with isolated_rng(cfg.seed):
                 row.update(diagnose(frames))
+            if cfg.on_nonfinite == "skip":
+                row.update(skipped_frames=trainer._modules["finite_batch"].skipped, skipped_updates=stepper.skipped)
             stepper.reset()
             recorder.write(row)
             if logger is not None:
@@ -356,28 +440,13 @@ def train_and_record(
                     logger.log_scalar(key, value, step=frames)
 
     PeriodicEvaluation(evaluate, cfg.logger.eval_interval).register(trainer)
+    trainer.checkpoint.register("evaluation", evaluator)
+    trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - set(unsaved)
     if checkpoint is not None:
-        try:
-            trainer.load_from_file(checkpoint)
-        except CheckpointError as error:
-            reason = " ".join(str(error).split())
-            line = f"resume={cfg.resume}: must hold a whole checkpoint, {checkpoint.name} is not ({reason})"
-            raise UsageError(line) from error
-        if trainer.collected_frames >= cfg.total_frames:
-            raise UsageError(
-                f"total_frames={cfg.total_frames}: must be above the {trainer.collected_frames} frames that "
-                f"resume={cfg.resume} has"
-            )
-        # what was made before the checkpoint was read: the first observation, and rates of another total_frames
-        trainer.collector.reset()
+        go_on(cfg, run_dir, trainer, checkpoint)
         on_resume()
         recorder.resume(trainer.collected_frames)
-    kept = cfg.copy()
-    if "resume" in kept:
-        kept.resume = None
-    OmegaConf.save(kept, run_dir / "config.yaml")
-
-    trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - set(unsaved)
+    keep_config(cfg, run_dir)
 
     def status() -> dict[str, str]:
         entropy = stepper.means().get("routing_entropy", recorder.last.get("routing_entropy"))
@@ -389,7 +458,62 @@ def train_and_record(
     bar = ProgressBar(cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar)
     bar.register(trainer)
     with closing(bar), closing(evaluator):
-        try:
+        run_to_the_end(trainer, run_dir, recorder.plot)
+
+
+def go_on(cfg: DictConfig, run_dir: Path, trainer: Trainer, checkpoint: Path) -> None:
+    """Load a checkpoint into a trainer whose hooks are registered, and clear up behind the run that wrote it.
+
+    Raises:
+        UsageError: where it does not fit, or has the frames already.
+    """
+    try:
+        trainer.load_from_file(checkpoint)
+    except CheckpointError as error:
+        raise resume.does_not_fit(checkpoint, error) from error
+    if trainer.collected_frames >= trainer.total_frames:
+        frames = trainer.collected_frames * cfg.total_frames // trainer.total_frames
+        raise UsageError(f"total_frames={cfg.total_frames}: must be above the {frames} frames that resume={cfg.resume} has")
+    resume.tidy(run_dir, checkpoint)
+    line = f"goes on at frame {trainer.collected_frames:,} from {checkpoint.name}"
+    if trainer.checkpoint.components["episodes"].fresh:
+        line += "; this environment's state cannot be restored: new episodes begin"
+    print(line)
+
+
+def keep_config(cfg: DictConfig, run_dir: Path) -> None:
+    """Write ``config.yaml``."""
+    kept = cfg.copy()
+    kept.resume = None
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace(run_dir / "config.yaml", OmegaConf.to_yaml(kept))
+
+
+def run_to_the_end(trainer: Trainer, run_dir: Path, draw: Callable[[], Any]) -> None:
+    """Train; whatever ends it, the picture is drawn.
+
+    Args:
+        trainer: with its hooks.
+        run_dir: the run's own.
+        draw: called at the end.
+
+    Raises:
+        Interrupted: if a signal has ended it, after a checkpoint.
+        RunError: where a file could not be written; the last checkpoint stays whole.
+    """
+    try:
+        with finish_on_signal(trainer) as received:
             trainer.train()
-        finally:
-            recorder.plot()
+    except (CheckpointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise
+        last = resume.rotation(run_dir).latest()
+        left = "there is no checkpoint yet" if last is None else f"{last.name} is whole: {resume.command_to_resume(run_dir)}"
+        reason = f"a file could not be written: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise RunError(f"frame {trainer.collected_frames}: {reason}; the run stops here, {left}") from error
+    finally:
+        # a full disk has no room for a picture either
+        with suppress(OSError):
+            draw()
+    if received and trainer.collected_frames < trainer.total_frames:
+        raise Interrupted(received[0], trainer.collected_frames)

@@ -16,11 +16,11 @@ from typing import Any
 import backends
 import common
 import hydra
+import resume
 import runs
 import seeds
 import torch
 from common import UsageError
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from policies import UNIMODAL, build_experts_actor, describe
 from rules import Rule, choice, either, flag, integer, number, text
@@ -97,6 +97,7 @@ GRADIENT_SCORED = {**DEFAULTS, "scoring": "gradient", "backprop": None, "score":
 SCORE_FUNCTION = {**DEFAULTS, "backprop": "routed", "score": "mixture"}
 PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
 STORED = ["observation", "action", *[("next", key) for key in ("observation", "reward", "done", "terminated")]]
+NEEDED = {"replay_buffer": "the replay buffer (checkpoint.replay_buffer=true)"}
 DIAGNOSED_STATES = 1000
 
 
@@ -375,6 +376,12 @@ def build_trainer(
     return trainer
 
 
+def latest(buffer: TensorDictReplayBuffer) -> TensorDictBase:
+    """The steps that were stored last."""
+    stop, number = buffer.write_count, min(len(buffer), DIAGNOSED_STATES)
+    return buffer.storage.get(torch.arange(stop - number, stop) % buffer.storage.max_size)
+
+
 def diagnose(actor: ProbabilisticActor, loss: SACLoss, states: TensorDictBase) -> dict[str, float]:
     """Diagnostics of a policy in the states that it has met, its proposals judged by the critics."""
     space, critics = actor.spec["action"].space, Critics(loss)
@@ -421,6 +428,9 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
     common.seed_everything(cfg.seed)
     trainer = build_trainer(cfg, collector, loss, runs.build_optimizer(cfg, loss, actor), buffer, run_dir)
 
+    if cfg.policy == "pmoe":
+        runs.watch_experts(trainer, actor, lambda: latest(buffer).select("observation").to(cfg.device))
+
     def diagnose_run(frames: int) -> dict[str, float]:
         states = buffer[torch.randint(len(buffer), (DIAGNOSED_STATES,))].select("observation").to(cfg.device)
         return diagnose(actor, loss, states)
@@ -435,6 +445,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose_run,
         unsaved=() if cfg.checkpoint.replay_buffer else ("replay_buffer",),
+        checkpoint=resume.checkpoint_to_resume(cfg, NEEDED),
     )
     return Trained(actor, buffer)
 
@@ -442,14 +453,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
 @hydra.main(version_base="1.3", config_path="config", config_name="sac_pmoe")
 def main(cfg: DictConfig) -> None:
     """Check the config, then train."""
-    with common.one_line_errors():
-        resolve_config(cfg)
-        common.prepare_torch(cfg)
-        run_dir = Path(HydraConfig.get().runtime.output_dir)
-        if cfg.num_seeds > 1:
-            seeds.train(cfg, run_dir)
-        else:
-            train(cfg, run_dir)
+    resume.start_or_resume(cfg, resolve_config, lambda cfg, run: (seeds.train if cfg.num_seeds > 1 else train)(cfg, run))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from typing import Any
 
 import backends
 import common
+import resume
 import runs
 import sac_pmoe
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from policies import describe
 from recording import RunRecorder
 from tensordict import TensorDictBase
@@ -156,6 +157,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path, env: EnvBase, loss: StackedLos
         replay_buffer=buffer,
         target_net_updater=target_updater,
     )
+    trainer.checkpoint_metadata = resume.metadata(cfg)
     SelectKeys(sac_pmoe.STORED).register(trainer)
     trainer.register_op("batch_process", replay.extend)
     trainer.register_op("process_optim_batch", replay.sample)
@@ -221,16 +223,34 @@ class Observer:
         states = buffer[drawn].select("observation").to(self.cfg.device)
         return sac_pmoe.diagnose(agent.actor, agent.loss, states)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of the evaluators, agent by agent."""
+        return {"evaluators": [evaluator.state_dict() for evaluator in self.evaluators]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of the evaluators."""
+        for evaluator, state in zip(self.evaluators, state_dict["evaluators"], strict=True):
+            evaluator.load_state_dict(state)
+
+    def resume(self, frames: int) -> None:
+        """Go on with the records of all agents after ``frames`` frames of all of them."""
+        for recorder in self.recorders:
+            recorder.resume(frames // self.cfg.num_seeds)
+
     def status(self) -> dict[str, str]:
         """The mean return of all agents."""
         returns = [recorder.last["return_mean"] for recorder in self.recorders if recorder.last]
         return {"mean return": f"{sum(returns) / len(returns):.4g}"} if returns else {}
 
     def close(self) -> None:
-        """Draw every record and close the environments."""
-        for recorder, evaluator in zip(self.recorders, self.evaluators, strict=True):
-            recorder.plot()
+        """Close the environments."""
+        for evaluator in self.evaluators:
             evaluator.close()
+
+    def plot(self) -> None:
+        """Draw every record."""
+        for recorder in self.recorders:
+            recorder.plot()
 
 
 def train(cfg: DictConfig, run_dir: Path) -> list[Agent]:
@@ -242,14 +262,24 @@ def train(cfg: DictConfig, run_dir: Path) -> list[Agent]:
     trainer, replay = build_trainer(cfg, run_dir, env, loss)
     observer = Observer(cfg, run_dir, agents, loss, trainer, replay)
     PeriodicEvaluation(observer, cfg.logger.eval_interval * cfg.num_seeds).register(trainer)
-    OmegaConf.save(cfg, run_dir / "config.yaml")
+    trainer.checkpoint.register("evaluation", observer)
     unsaved = set() if cfg.checkpoint.replay_buffer else {"replay_buffer"}
     trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - unsaved
+    checkpoint = resume.checkpoint_to_resume(cfg, sac_pmoe.NEEDED)
+    if checkpoint is not None:
+        runs.go_on(cfg, run_dir, trainer, checkpoint)
+        observer.resume(trainer.collected_frames)
+    runs.keep_config(cfg, run_dir)
     one = describe(cfg, agents[0].actor, agents[0].loss.qvalue_network_params)
     print(f"{one}; {cfg.num_seeds} seeds at once, {backends.describe(cfg)} each")
     runs.announce(trainer.optimization_stepper)
-    bar = ProgressBar(trainer.total_frames, observer.status, disable=not cfg.logger.progress_bar)
+    bar = ProgressBar(
+        trainer.total_frames,
+        observer.status,
+        initial=trainer.collected_frames,
+        disable=not cfg.logger.progress_bar,
+    )
     bar.register(trainer)
     with closing(bar), closing(observer):
-        trainer.train()
+        runs.run_to_the_end(trainer, run_dir, observer.plot)
     return agents

@@ -130,7 +130,7 @@ class TanhNormalMixture(NormalMixture):
 
     def _unsquash(self, value: Tensor) -> Tensor:
         limit = 1.0 - torch.finfo(value.dtype).eps / 2
-        return wide(((value - self._middle) / self._half).clamp(-limit, limit)).atanh()
+        return ((wide(value) - self._middle) / self._half).clamp(-limit, limit).atanh()
 
     def _log_abs_det(self, latent: Tensor) -> Tensor:
         # log(1 - tanh(u)^2), written so that it does not underflow
@@ -144,3 +144,8 @@ class TanhNormalMixture(NormalMixture):
         nodes, weights = (loc.new_tensor(x) for x in _hermite(64))
         latent = loc.unsqueeze(-1) + wide(self.scale).unsqueeze(-1) * nodes
         return ((latent.tanh() * weights).sum(-1)).to(self.loc.dtype) * self._half + self._middle
+
+    @property
+    def mean(self) -> Tensor:
+        """See :attr:`NormalMixture.mean`; never outside the bounds."""
+        return super().mean.clamp(self.low, self.high)

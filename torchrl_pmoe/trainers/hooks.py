@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from typing import Any
 
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import ReplayBufferTrainer, TrainerHookBase
 from tqdm import tqdm
 
-from torchrl_pmoe.trainers.steppers import FusedOptimizationStepper
-
-__all__ = ["FiniteBatch", "FiniteLoss", "FlatReplay", "NonFiniteError", "PeriodicEvaluation", "ProgressBar"]
-
-
-class NonFiniteError(RuntimeError):
-    """A reward, an observation or a loss is NaN or infinite: nothing sensible can follow."""
+__all__ = ["ExpertCollapse", "FlatReplay", "PeriodicEvaluation", "ProgressBar"]
 
 
 class FlatReplay(ReplayBufferTrainer):
@@ -44,55 +40,71 @@ class _StatelessHook(TrainerHookBase):
         del state_dict
 
 
-class FiniteBatch(_StatelessHook):
-    """Stops the run with :class:`NonFiniteError` before a bad batch reaches the replay buffer.
+class ExpertCollapse(_StatelessHook):
+    """Warns once when one expert has taken over, and says what to do.
 
     Args:
-        keys: the entries of the collected batch to look at.
+        usage: returns the mean router probabilities ``[K]`` over states that the policy has met lately.
+        share: of the most used expert, from which on it has taken over.
+        frames: how long that must last.
+        look_every: frames between two looks, each of which costs a pass through the policy and a copy to the host.
+        advice: completes the warning.
     """
 
-    def __init__(self, keys: Sequence[NestedKey]) -> None:
-        self.keys = tuple(keys)
-        self._frames = 0
+    def __init__(
+        self,
+        usage: Callable[[], Tensor],
+        *,
+        share: float = 0.99,
+        frames: int = 10_000,
+        look_every: int = 1_000,
+        advice: str = "a floor under the router's probabilities (PMOEActor(floor=0.05)) brings the others back",
+    ) -> None:
+        self.usage = usage
+        self.share = share
+        self.frames = frames
+        self.look_every = look_every
+        self.advice = advice
+        self._looked = 0
+        self._since: int | None = None
+        self._expert = -1
+        self._warned = False
 
-    def __call__(self, batch: TensorDictBase) -> None:
-        """Look at a collected batch."""
-        for key in self.keys:
-            if not batch.get(key).isfinite().all():
-                name = key if isinstance(key, str) else ".".join(key)
-                raise NonFiniteError(
-                    f"the environment returned a NaN or infinite {name} between frames {self._frames} and "
-                    f"{self._frames + batch.numel()}: the run stops here"
-                )
-        self._frames += batch.numel()
-
-    def register(self, trainer: Trainer, name: str = "finite_batch") -> None:
-        """Register ahead of whatever stores the batch."""
-        trainer.register_op("batch_process", self)
-
-
-class FiniteLoss(_StatelessHook):
-    """Stops the run with :class:`NonFiniteError` when a loss has left the finite numbers.
-
-    The sums of the stepper are read once per collected batch, not once per update.
-    """
-
-    def __init__(self, stepper: FusedOptimizationStepper) -> None:
-        self.stepper = stepper
-
-    def __call__(self) -> None:
-        """Look at the sums of the losses."""
-        if not self.stepper.finite():
-            bad = [key for key, value in self.stepper.means().items() if not abs(value) < float("inf")]
-            raise NonFiniteError(
-                f"{', '.join(bad)} became NaN or infinite before frame {self._trainer.collected_frames}: "
-                "the run stops here"
+    def __call__(self, batch: TensorDictBase | None = None) -> None:
+        """Look, if it is time."""
+        now = self._trainer.collected_frames
+        if self._warned or now - self._looked < self.look_every:
+            return
+        self._looked = now
+        usage = self.usage().tolist()
+        largest = max(usage)
+        expert = usage.index(largest)
+        if largest <= self.share:
+            self._since = None
+        elif self._since is None or expert != self._expert:
+            self._since, self._expert = now, expert
+        elif now - self._since >= self.frames:
+            self._warned = True
+            warnings.warn(
+                f"expert {expert} of {len(usage)} has had {100 * largest:.1f} % of the router's probability since frame "
+                f"{self._since}: {self.advice}.",
+                stacklevel=2,
             )
 
-    def register(self, trainer: Trainer, name: str = "finite_loss") -> None:
-        """Register after the updates of a batch."""
+    def state_dict(self) -> dict[str, Any]:
+        """Since when which expert has taken over."""
+        return {"looked": self._looked, "since": self._since, "expert": self._expert, "warned": self._warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on watching."""
+        self._looked, self._since = state_dict["looked"], state_dict["since"]
+        self._expert, self._warned = state_dict["expert"], state_dict["warned"]
+
+    def register(self, trainer: Trainer, name: str = "expert_collapse") -> None:
+        """Register after the updates of a batch, and with the checkpoint."""
         self._trainer = trainer
-        trainer.register_op("post_steps", self)
+        trainer.register_op("post_steps_log", self)
+        trainer.register_module(name, self)
 
 
 class PeriodicEvaluation(_StatelessHook):

@@ -14,7 +14,11 @@ from torchrl.objectives import SoftUpdate, TargetNetUpdater
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
+from torchrl_pmoe.trainers.nonfinite import BAD_IN_A_ROW, NonFiniteError, OnNonFinite, check_choice
+
 __all__ = ["FusedOptimizationStepper"]
+
+_BAD = "_bad"
 
 # in-graph gradients make one graph of loss and backward; PyTorch's own generator keeps the draws of the eager update
 _DYNAMO = {"trace_autograd_ops": True} if hasattr(torch._dynamo.config, "trace_autograd_ops") else {}
@@ -35,6 +39,11 @@ class FusedOptimizationStepper(OptimizationStepper):
     ``post_loss`` hooks, which are then called after the update. Where the compiler fails, and while ``process_loss``
     hooks are registered (they stand between loss and backward), updates run eagerly, after one warning.
 
+    An update with a NaN or infinite loss or gradient changes nothing: neither parameters, nor the optimiser's state, nor
+    the means. It raises (``on_nonfinite="stop"``) or is left out (``"skip"``, after one warning). On a GPU the update is
+    judged and left out there, if the optimiser is ``fused``; under ``"stop"`` all later ones are left out too, until
+    :meth:`check` is called and raises. Other optimisers are asked from the host there, once an update.
+
     Args:
         target_updater: stepped after the optimiser.
         clip_apart: groups of parameters whose gradients are clipped to the trainer's ``clip_norm`` by their own norm;
@@ -43,10 +52,11 @@ class FusedOptimizationStepper(OptimizationStepper):
         cudagraphs: replay the whole update as one CUDA graph. The batch must keep its shape; the optimiser is made
             ``capturable`` and its learning rates become tensors, which schedulers change in place.
         shape: of the outputs whose means are kept, beside those of one element.
+        on_nonfinite: ``"stop"`` or ``"skip"``.
 
     Raises:
         ValueError: with ``cudagraphs`` where no CUDA device is, or for a target updater other than ``SoftUpdate``,
-            which counts its calls on the host.
+            which counts its calls on the host; for an optimiser that is not fused, on the first update; for another ``on_nonfinite``.
     """
 
     def __init__(
@@ -57,7 +67,9 @@ class FusedOptimizationStepper(OptimizationStepper):
         compile: bool | Mapping[str, Any] = False,
         cudagraphs: bool = False,
         shape: Sequence[int] = (),
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
+        self.on_nonfinite = check_choice(type(self).__name__, on_nonfinite)
         if cudagraphs and not torch.cuda.is_available():
             raise ValueError(f"{type(self).__name__}: cudagraphs=True needs a CUDA device, there is none.")
         if cudagraphs and not isinstance(target_updater, SoftUpdate | None):
@@ -76,25 +88,40 @@ class FusedOptimizationStepper(OptimizationStepper):
         self._gradients: Callable[..., tuple] | None = None
         self._graphed: CudaGraphModule | None = None
         self._keys: list[str] = []
-        self._sums: list[Tensor] = []
-        self._count = 0
+        self._sums: Tensor | None = None
+        self._count: int | Tensor = 0
+        self.updates = 0
+        self._resumed = False
+        # of updates judged on a GPU: which outputs were bad in the first bad one, its number, how many there were
+        self._stopped: Tensor | None = None
+        self._first: tuple[Tensor, Tensor] | None = None
+        self._judged: list[str] = []
+        self._skipped: int | Tensor = 0
+        self._in_a_row: int | Tensor = 0
+        self._warned = False
 
     # ------------------------------------------------------------------------------------------- the update
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """Update the trainer's parameters once from ``sub_batch``."""
+        """Update the trainer's parameters once from ``sub_batch``.
+
+        Raises:
+            NonFiniteError: on a CPU, as :meth:`check`.
+        """
+        self.updates += 1
         if not (self.compile or self.cudagraphs) or self._hooked(trainer):
             losses = trainer.compute_loss(sub_batch)
             trainer._post_loss_hook(sub_batch)
             losses = trainer._process_loss_hook(sub_batch, losses)
             sum(value.sum() for key, value in losses.items() if key.startswith("loss")).backward()
-            self._descend(trainer)
-            self._accumulate({key: value.detach() for key, value in losses.items()})
+            outputs = {key: value.detach() for key, value in losses.items()}
+            self._conclude(trainer, outputs, self._descend(trainer, outputs))
             return TensorDict()
-        outputs = self._fused(trainer, sub_batch)
-        sub_batch.update(outputs.pop("batch"))
+        found = self._fused(trainer, sub_batch)
+        sub_batch.update(found.pop("batch"))
+        bad = found.pop(_BAD)
         trainer._post_loss_hook(sub_batch)
-        self._accumulate(dict(outputs.items()))
+        self._conclude(trainer, dict(found.items()), bad)
         return TensorDict()
 
     def _hooked(self, trainer: Trainer) -> bool:
@@ -122,15 +149,19 @@ class FusedOptimizationStepper(OptimizationStepper):
         gradients, outputs, written = self._compiled(trainer.loss_module, parameters, batch)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        self._descend(trainer)
-        return TensorDict(outputs).set("batch", TensorDict(written))
+        bad = self._descend(trainer, outputs)
+        return TensorDict(outputs).set("batch", TensorDict(written)).set(_BAD, bad)
 
     def _compiled(self, *args: Any) -> tuple:
         """Gradients of one update: eager at first, compiled from the second on."""
         if self._gradients is None:
             # what losses make in their first call would break the graph
             self._gradients = self._compile if self.compile else _gradients
-            return _gradients(*args)
+            if not (self._resumed and self.compile):
+                return _gradients(*args)
+            # here the run that went before has its updates compiled already
+            with torch.random.fork_rng():
+                _gradients(*args)
         return self._gradients(*args)
 
     def _compile(self, *args: Any) -> tuple:
@@ -149,13 +180,43 @@ class FusedOptimizationStepper(OptimizationStepper):
             self._gradients = _gradients
             return _gradients(*args)
 
-    def _descend(self, trainer: Trainer) -> None:
+    def _descend(self, trainer: Trainer, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Step, unless something is bad: what is, of the losses, the gradients and both, ``[losses + 2]``."""
+        optimizer = trainer.optimizer
+        bad = self._judge(optimizer, outputs)
+        if bad.device.type == "cpu" or not optimizer.defaults.get("fused"):
+            # a capture cannot ask the host: `_make_capturable` has seen to it that the optimiser is fused
+            if not bad[-1]:
+                self._step_within_norm(trainer)
+        else:
+            # as PyTorch's GradScaler does: a fused optimiser leaves the update out by itself
+            optimizer.grad_scale, optimizer.found_inf = None, self._leave_out(bad[-1])
+            self._step_within_norm(trainer)
+            del optimizer.grad_scale, optimizer.found_inf
+        optimizer.zero_grad()
+        return bad
+
+    def _judge(self, optimizer: torch.optim.Optimizer, outputs: Mapping[str, Tensor]) -> Tensor:
+        self._judged = [key for key in outputs if key.startswith("loss")]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        losses = torch.stack([outputs[key].sum() for key in self._judged])
+        largest = torch.stack(torch._foreach_norm(gradients, float("inf"))).sum() if gradients else losses.new_zeros(())
+        bad = ~torch.cat([losses, largest.to(losses).reshape(1)]).isfinite()
+        return torch.cat([bad, bad.any().reshape(1)])
+
+    def _leave_out(self, bad: Tensor) -> Tensor:
+        if self.on_nonfinite == "stop":
+            if self._stopped is None:
+                self._stopped = torch.zeros_like(bad)
+            bad = self._stopped.logical_or_(bad)
+        return bad.float()
+
+    def _step_within_norm(self, trainer: Trainer) -> None:
         if trainer.clip_norm is not None:
             clip = nn.utils.clip_grad_norm_ if trainer.clip_grad_norm else nn.utils.clip_grad_value_
             for group in self._clip_groups(trainer):
                 clip(group, trainer.clip_norm)
         trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
         if self.target_updater is not None:
             self.target_updater.step()
 
@@ -167,6 +228,8 @@ class FusedOptimizationStepper(OptimizationStepper):
     @staticmethod
     def _make_capturable(trainer: Trainer) -> None:
         optimizer = trainer.optimizer
+        if not optimizer.defaults.get("fused"):
+            raise ValueError("FusedOptimizationStepper: cudagraphs=True needs an optimiser with fused=True.")
         for group in optimizer.param_groups:
             device = group["params"][0].device
             group["capturable"] = True
@@ -175,20 +238,72 @@ class FusedOptimizationStepper(OptimizationStepper):
                 if "step" in optimizer.state[parameter]:
                     optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(device)
 
+    # ------------------------------------------------------------------------------------------- bad updates
+
+    def _conclude(self, trainer: Trainer, outputs: Mapping[str, Tensor], bad: Tensor) -> None:
+        """Keep the means and remember what was bad; where that needs no copy from a GPU, say so at once."""
+        if bad.device.type != "cpu":
+            self._remember(bad)
+            self._accumulate(outputs, bad[-1])
+            return
+        if not bad[-1]:
+            self._in_a_row = 0
+            self._accumulate(outputs)
+            return
+        self._skipped, self._in_a_row = int(self._skipped) + 1, int(self._in_a_row) + 1
+        frames = getattr(trainer, "collected_frames", None)
+        self._complain(bad.tolist(), self.updates, "" if frames is None else f" (frame {frames})")
+
+    def _remember(self, bad: Tensor) -> None:
+        every = bad[-1]
+        if self._first is None:
+            self._first = (bad, every * self.updates)
+        else:
+            before, number = self._first
+            new = every & ~before[-1]
+            self._first = (torch.where(new, bad, before), torch.where(new, self.updates, number))
+        self._skipped = self._skipped + every.long()
+        self._in_a_row = (self._in_a_row + every.long()) * every
+
+    def check(self) -> None:
+        """Look at what updates on a GPU have left.
+
+        Raises:
+            NonFiniteError: under ``"stop"`` if an update was bad, under ``"skip"`` if the last 100 were.
+        """
+        if self._first is not None:
+            bad, number = self._first[0].tolist(), int(self._first[1])
+            if bad[-1]:
+                self._complain(bad, number, "")
+                self._first = None
+
+    def _complain(self, bad: list[bool], update: int, where: str) -> None:
+        names = [key for key, is_bad in zip([*self._judged, "a gradient"], bad[:-1], strict=True) if is_bad]
+        line = f"{' and '.join(names)} became NaN or infinite in update {update}{where}"
+        if self.on_nonfinite == "stop":
+            raise NonFiniteError(f"{line}: the run stops here")
+        if int(self._in_a_row) >= BAD_IN_A_ROW:
+            raise NonFiniteError(f"{line}, as in all of the last {BAD_IN_A_ROW}: the run stops here")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{line}: that update was left out, and so will others be.", stacklevel=2)
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were left out."""
+        return int(self._skipped)
+
     # ------------------------------------------------------------------------------------------- the means
 
     @torch.no_grad()
-    def _accumulate(self, outputs: dict[str, Tensor]) -> None:
-        if not self._sums:
+    def _accumulate(self, outputs: Mapping[str, Tensor], bad: Tensor | None = None) -> None:
+        if self._sums is None:
             self._keys = [key for key, value in outputs.items() if value.numel() == 1 or value.shape == self._shape]
-            self._sums = [outputs[key].clone() for key in self._keys]
-        else:
-            torch._foreach_add_(self._sums, [outputs[key] for key in self._keys])
-        self._count += 1
-
-    def finite(self) -> bool:
-        """Whether every output of the loss that is kept has been a finite number since :meth:`reset`."""
-        return not self._sums or bool(torch.stack([x.isfinite().all() for x in self._sums]).all())
+        values = torch.stack([outputs[key].reshape(-1).expand(self._shape.numel()) for key in self._keys])
+        if bad is not None:
+            values = values.masked_fill(bad, 0)
+        self._sums = values if self._sums is None else self._sums + values
+        self._count = self._count + (1 if bad is None else ~bad)
 
     def means(self) -> dict[str, float]:
         """Mean of every output that is kept since :meth:`reset`, over its elements (empty before the first update)."""
@@ -196,16 +311,32 @@ class FusedOptimizationStepper(OptimizationStepper):
 
     def means_by_element(self) -> dict[str, Tensor]:
         """Mean of every output that is kept since :meth:`reset`, ``[]`` or ``shape``, on the CPU."""
-        if not self._sums:
+        if self._sums is None:
             return {}
         # one copy from the device for all of them
-        sums = torch.stack([x.double().reshape(-1).expand(self._shape.numel()) for x in self._sums]).cpu()
-        means = (sums / self._count).unbind()
+        means = (self._sums.double() / self._count).cpu().unbind()
         return {key: mean.reshape(self._shape) for key, mean in zip(self._keys, means, strict=True)}
 
     def reset(self) -> None:
         """Start new means."""
-        self._sums, self._count = [], 0
+        self._sums, self._count = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means so far, and what was counted."""
+        return {
+            "keys": list(self._keys),
+            "sums": self._sums,
+            "count": int(self._count),
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "in_a_row": int(self._in_a_row),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the means and counts of an earlier run."""
+        self._keys, self._sums, self._count = state_dict["keys"], state_dict["sums"], state_dict["count"]
+        self.updates, self._resumed = state_dict["updates"], state_dict["updates"] > 0
+        self._skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 
 def _gradients(

@@ -1,0 +1,212 @@
+"""What an environment needs to go on where it stands, as tensors, numbers and texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.utils.seeding import RandomNumberGenerator
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
+
+from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
+from torchrl_pmoe.envs.target_reaching import TargetReachingEnv
+
+__all__ = ["EpisodeState", "SimulatorState", "generator_state", "load_generator_state"]
+
+# all that these tasks know of an episode is in their plain attributes and, for the first, in MuJoCo's data
+_KNOWN = ("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control.", TargetReachingEnv.__module__)
+
+
+class SimulatorState:
+    """The state of environments in this process, for checkpoints: simulator, wrappers and random generators.
+
+    Known are Gymnasium's MuJoCo and classic-control tasks, :class:`TargetReachingEnv` and
+    :class:`BatchedTargetReachingEnv`, alone or in a ``SerialEnv``; after :meth:`load_state_dict` a step gives what it
+    would have given, to the last bit. Of other environments of Gymnasium the random generators are kept, and
+    of environments elsewhere nothing.
+
+    Args:
+        env: made like the one whose state is loaded.
+    """
+
+    def __init__(self, env: EnvBase) -> None:
+        while isinstance(env, TransformedEnv):
+            env = env.base_env
+        self.env = env
+
+    @property
+    def complete(self) -> bool:
+        """Whether an episode can go on."""
+        return bool(parts := self._parts()) and all(
+            isinstance(part, BatchedTargetReachingEnv) or type(part.unwrapped).__module__.startswith(_KNOWN)
+            for part in parts
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept of every environment, in order."""
+        return {"complete": self.complete, "parts": [_state(part, whole=self.complete) for part in self._parts()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put every environment where it was.
+
+        Raises:
+            ValueError: where there are other environments.
+        """
+        parts, states = self._parts(), state_dict["parts"]
+        if len(parts) != len(states):
+            raise ValueError(f"it has {len(states)} environments, here are {len(parts)}")
+        for part, state in zip(parts, states, strict=True):
+            _load_state(part, state)
+
+    def _parts(self) -> list[gymnasium.Env | BatchedTargetReachingEnv]:
+        envs = [self.env]
+        if isinstance(self.env, SerialEnv):
+            if self.env.is_closed:
+                self.env.start()
+            envs = list(self.env._envs)
+        found: list[gymnasium.Env | BatchedTargetReachingEnv] = []
+        for env in envs:
+            while isinstance(env, TransformedEnv):
+                env = env.base_env
+            if isinstance(env, GymWrapper):
+                found.append(env._env)
+            elif isinstance(env, BatchedTargetReachingEnv):
+                found.append(env)
+            else:
+                return []
+        return found
+
+
+class EpisodeState:
+    """Where a collector stands in its episodes, for checkpoints.
+
+    Where the environment's state is known (:class:`SimulatorState`) the episodes go on, to the last bit; else new ones
+    begin, with the random generators of Gymnasium's environments where they were and a new seed for others.
+
+    Args:
+        collector: in this process.
+        seed: of the run.
+
+    Attributes:
+        fresh: whether new episodes have begun when a state was loaded.
+    """
+
+    def __init__(self, collector: Collector, seed: int) -> None:
+        self.collector = collector
+        self.seed = seed
+        self.fresh = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Simulators, and what the policy reads next."""
+        return {
+            "simulators": SimulatorState(self.collector.env).state_dict(),
+            "carried": self.collector._carrier.flatten_keys("/").to_dict(),
+            "frames": self.collector._frames,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on, or begin anew."""
+        simulators = SimulatorState(self.collector.env)
+        simulators.load_state_dict(state_dict["simulators"])
+        self.fresh = not state_dict["simulators"]["complete"]
+        if self.fresh:
+            if not state_dict["simulators"]["parts"]:
+                self.collector.env.set_seed((self.seed + state_dict["frames"]) % 2**31)
+            self.collector.reset()
+            return
+        carrier = self.collector._carrier
+        carried = TensorDict(state_dict["carried"], carrier.batch_size, device=carrier.device)
+        self.collector._carrier = carried.unflatten_keys("/")
+
+
+def generator_state(env: gymnasium.Env) -> str:
+    """The state of an environment's random generator, ``""`` where it is none of Gymnasium's or was never used."""
+    bits = getattr(env.unwrapped._np_random, "bit_generator", None)
+    return json.dumps(bits.state) if isinstance(bits, np.random.PCG64) else ""
+
+
+def load_generator_state(env: gymnasium.Env, state: str) -> None:
+    """Set an environment's random generator; ``""`` leaves it alone."""
+    if state:
+        bits = np.random.PCG64()
+        bits.state = json.loads(state)
+        env.unwrapped._np_random = RandomNumberGenerator(bits)
+
+
+def _state(part: gymnasium.Env | BatchedTargetReachingEnv, *, whole: bool) -> dict[str, Any]:
+    if isinstance(part, BatchedTargetReachingEnv):
+        return {"position": part.position, "steps": part.steps, "generator": part._generator.get_state()}
+    state: dict[str, Any] = {"generator": generator_state(part)}
+    if whole:
+        state["layers"] = [_plain(layer) for layer in _layers(part)]
+        state["mujoco"] = {name: torch.from_numpy(value.copy()) for name, value in _mujoco(part).items()}
+        state["time"] = float(part.unwrapped.data.time) if state["mujoco"] else 0.0
+    return state
+
+
+def _load_state(part: gymnasium.Env | BatchedTargetReachingEnv, state: dict[str, Any]) -> None:
+    if isinstance(part, BatchedTargetReachingEnv):
+        part.position = state["position"].to(part.device)
+        part.steps = state["steps"].to(part.device)
+        part._generator.set_state(state["generator"].cpu())
+        return
+    load_generator_state(part, state["generator"])
+    for layer, values in zip(_layers(part), state.get("layers", []), strict="layers" in state):
+        for name, value in values.items():
+            setattr(layer, name, value.numpy()[()].copy() if isinstance(value, torch.Tensor) else value)
+    fields = _mujoco(part) if state.get("mujoco") else {}
+    for name, value in fields.items():
+        value[...] = state["mujoco"][name].numpy()
+    if fields:
+        part.unwrapped.data.time = state["time"]
+
+
+def _layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
+    """The environment and what is wrapped in it, outermost first."""
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+    yield env
+
+
+def _plain(layer: gymnasium.Env) -> dict[str, Any]:
+    """The attributes of one layer that are numbers, flags, nothing or arrays of numbers."""
+    found: dict[str, Any] = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+            found[name] = torch.from_numpy(np.array(value))
+        elif value is None or isinstance(value, bool | int | float):
+            found[name] = value
+    found.pop("_np_random", None)
+    return found
+
+
+def _mujoco(env: gymnasium.Env) -> dict[str, np.ndarray]:
+    """Views of all of MuJoCo's data but the contacts and constraints, which every step makes anew.
+
+    Positions and velocities alone do not do: tasks read what the last substep has left (centres of mass, contact
+    forces), and that belongs to the state before it.
+    """
+    data = getattr(env.unwrapped, "data", None)
+    if data is None or not find_spec("mujoco"):
+        return {}
+    import mujoco
+
+    if not isinstance(data, mujoco.MjData):
+        return {}
+    fresh = mujoco.MjData(env.unwrapped.model)
+    views: dict[str, np.ndarray] = {}
+    for name in dir(data):
+        if name.startswith(("_", "efc_", "iefc_")):
+            continue
+        value = getattr(data, name)
+        if isinstance(value, np.ndarray) and value.size and value.shape == getattr(fresh, name).shape:
+            views[name] = value
+    return views

@@ -1,0 +1,199 @@
+"""What happens to numbers that are NaN or infinite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import TrainerHookBase
+
+__all__ = ["BAD_IN_A_ROW", "FiniteBatch", "FiniteLoss", "NonFiniteError", "OnNonFinite", "check_choice"]
+
+OnNonFinite = Literal["stop", "skip"]
+
+BAD_IN_A_ROW = 100
+"""Updates, or batches of frames, that may be skipped one after the other; then the run stops."""
+
+
+class NonFiniteError(RuntimeError):
+    """A reward, an observation, a loss or a gradient is NaN or infinite: nothing sensible can follow."""
+
+
+def check_choice(owner: str, on_nonfinite: str) -> OnNonFinite:
+    """``on_nonfinite`` itself.
+
+    Raises:
+        ValueError: if it is no choice.
+    """
+    if on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"{owner}: on_nonfinite={on_nonfinite!r} must be 'stop' or 'skip'.")
+    return on_nonfinite  # type: ignore[return-value]
+
+
+class FiniteBatch(TrainerHookBase):
+    """Keeps bad frames out of the replay buffer: the run stops, or goes on without them.
+
+    *stop* raises :class:`NonFiniteError`. *skip* puts the good frame before it in the place of a bad one, so that shapes
+    and counts stay as they are, and ends the trajectory there (``done`` and ``truncated``, not ``terminated``): what
+    follows is not linked to it. The environment must begin a new episode there
+    (:class:`~torchrl_pmoe.envs.FiniteSteps`, :class:`~torchrl_pmoe.envs.FiniteStep`).
+
+    Frames on a GPU are judged there; the host looks at the result once in ``look_every`` batches.
+
+    Args:
+        keys: the entries of the collected batch ``[*B, T]`` to look at; ``("next", "nonfinite")`` is one where it is
+            there.
+        on_nonfinite: ``"stop"`` or ``"skip"``.
+        look_every: see above.
+
+    Raises:
+        ValueError: if ``on_nonfinite`` is something else.
+    """
+
+    def __init__(
+        self, keys: Sequence[NestedKey], on_nonfinite: OnNonFinite = "stop", *, look_every: int = BAD_IN_A_ROW
+    ) -> None:
+        self.keys = tuple(keys)
+        self.on_nonfinite = check_choice("FiniteBatch", on_nonfinite)
+        self.look_every = look_every
+        self._frames = 0
+        self._looked_at = 0
+        self._batches = 0
+        self._bad: Tensor | None = None
+        self._skipped: Tensor | int = 0
+        self._in_a_row: Tensor | int = 0
+        self._good: TensorDictBase | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Frames that were left out."""
+        return int(self._skipped)
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase | None:
+        """Look at a collected batch."""
+        flags = torch.stack([_bad_rows(batch, key) for key in self.keys])
+        rows = flags.any(0)
+        if (marked := batch.get(("next", "nonfinite"), None)) is not None:
+            rows = rows | marked.reshape(rows.shape)
+        start, self._frames = self._frames, self._frames + batch.numel()
+        self._batches += 1
+        on_host = rows.device.type == "cpu"
+        if self.on_nonfinite == "skip":
+            return self._without(batch, rows) if not on_host or rows.any() else self._remember(batch)
+        found = flags.flatten(1).any(1)
+        self._bad = found if self._bad is None else self._bad | found
+        if on_host or self._batches % self.look_every == 0:
+            self._look(start if on_host else self._looked_at)
+            self._looked_at = self._frames
+        return None
+
+    def _look(self, start: int) -> None:
+        assert self._bad is not None
+        names = [_name(key) for key, bad in zip(self.keys, self._bad.tolist(), strict=True) if bad]
+        if names:
+            raise NonFiniteError(
+                f"the environment returned a NaN or infinite {names[0]} between frames {start} and {self._frames}: "
+                "the run stops here"
+            )
+
+    def _remember(self, batch: TensorDictBase) -> None:
+        self._good = batch.reshape(-1)[-1:].clone()
+        self._in_a_row = 0
+
+    def _without(self, batch: TensorDictBase, bad: Tensor) -> TensorDictBase:
+        rows = batch.reshape(-1)
+        flat = bad.flatten()
+        # row 0 is the last good one of the batches before
+        pool = torch.cat([rows[:1] if self._good is None else self._good, rows])
+        index = torch.arange(1, len(pool), device=flat.device)
+        good = torch.where(flat, 0, index)
+        source = good.cummax(0).values
+        if self._good is None:
+            source = torch.where(source > 0, source, good.amax())
+        out = pool[source].reshape(batch.shape)
+        ends = bad.clone()
+        ends[..., :-1] |= bad[..., 1:]
+        for key in (("next", "done"), ("next", "truncated")):
+            if key in out.keys(True):
+                value = out.get(key)
+                out.set(key, value | ends.reshape(*ends.shape, *[1] * (value.ndim - ends.ndim)))
+        first, self._good = self._good is None, pool[source[-1:]].clone()
+        self._skipped = self._skipped + flat.sum()
+        self._in_a_row = torch.where(flat.all(), torch.as_tensor(self._in_a_row, device=flat.device) + 1, 0)
+        if flat.device.type == "cpu" or first or self._batches % self.look_every == 0:
+            self._look_at_the_row(1 if first else BAD_IN_A_ROW)
+        return out
+
+    def _look_at_the_row(self, allowed: int) -> None:
+        if int(self._in_a_row) >= allowed:
+            raise NonFiniteError(
+                f"the environment returned nothing but NaN or infinite numbers up to frame {self._frames}: "
+                "the run stops here"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many frames there were, how many were left out, and the last good one."""
+        good = {} if self._good is None else self._good.flatten_keys("/").to_dict()
+        return {"frames": self._frames, "skipped": self.skipped, "in_a_row": int(self._in_a_row), "good": good}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._frames = self._looked_at = state_dict["frames"]
+        self._skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self._good = TensorDict(state_dict["good"], [1]).unflatten_keys("/") if state_dict["good"] else None
+
+    def register(self, trainer: Trainer, name: str = "finite_batch") -> None:
+        """Register ahead of whatever stores the batch, and with the checkpoint."""
+        trainer.register_op("batch_process", self)
+        trainer.register_module(name, self)
+
+
+class FiniteLoss(TrainerHookBase):
+    """Looks at what :class:`FusedOptimizationStepper` has found of bad updates on a GPU, once in many updates.
+
+    On a CPU the stepper itself does so in every update.
+
+    Args:
+        stepper: of the trainer.
+        look_every: updates between two looks.
+    """
+
+    def __init__(self, stepper: Any, *, look_every: int = BAD_IN_A_ROW) -> None:
+        self.stepper = stepper
+        self.look_every = look_every
+        self._looked_at = 0
+
+    def __call__(self) -> None:
+        """Look, if it is time.
+
+        Raises:
+            NonFiniteError: as :meth:`FusedOptimizationStepper.check`.
+        """
+        if self.stepper.updates - self._looked_at >= self.look_every:
+            self._looked_at = self.stepper.updates
+            self.stepper.check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing."""
+        del state_dict
+
+    def register(self, trainer: Trainer, name: str = "finite_loss") -> None:
+        """Register after the updates of a batch."""
+        trainer.register_op("post_steps", self)
+
+
+def _bad_rows(batch: TensorDictBase, key: NestedKey) -> Tensor:
+    finite = batch.get(key).isfinite()
+    return ~(finite.flatten(batch.ndim).all(-1) if finite.ndim > batch.ndim else finite)
+
+
+def _name(key: NestedKey) -> str:
+    return key if isinstance(key, str) else ".".join(key)
