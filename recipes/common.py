@@ -57,12 +57,12 @@ class Interrupted(Exception):
 
     Args:
         number: of the signal.
-        frames: that the run has.
+        where: the run stands now.
     """
 
-    def __init__(self, number: int, frames: int) -> None:
-        super().__init__()
-        self.number, self.frames = number, frames
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(number, where)
+        self.number, self.where = number, where
         self.command = ""
 
 
@@ -236,7 +236,7 @@ def one_line_errors() -> Iterator[None]:
     except (NonFiniteError, RunError) as error:
         _stop(f"error: {error}", 1)
     except Interrupted as stop:
-        _stop(f"stopped at frame {stop.frames:,}, with a checkpoint; goes on with: {stop.command}", 128 + stop.number)
+        _stop(f"stopped {stop.where}; goes on with: {stop.command}", 128 + stop.number)
     except RuntimeError as error:
         # a tensordict's context manager answers an interrupt with an error of its own
         if isinstance(error.__context__, KeyboardInterrupt):

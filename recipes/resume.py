@@ -172,20 +172,25 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
     return old
 
 
-def apply_changes(old: DictConfig, cfg: DictConfig) -> None:
+def apply_changes(old: DictConfig, cfg: DictConfig, changeable: tuple[str, ...] = CHANGEABLE) -> None:
     """Put what was given beside ``resume`` into the config of the run that goes on.
+
+    Args:
+        old: of that run, changed in place.
+        cfg: as composed.
+        changeable: the beginnings of the keys that may change.
 
     Raises:
         UsageError: for a key that must stay.
     """
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").split("=", 1)[0]
-        if key.startswith(CHANGEABLE) and key != "logger.rank_states":  # that one adds columns
+        if key.startswith(changeable) and key != "logger.rank_states":  # that one adds columns
             OmegaConf.update(old, key, OmegaConf.select(cfg, key))
         elif key != "resume":
             raise UsageError(
-                f"{override}: must be left out with resume={cfg.resume}, whose own config holds; "
-                "total_frames, on_nonfinite, optim.num_threads, logger, checkpoint and compile keys may change"
+                f"{override}: must be left out with resume={cfg.resume}, whose own config holds; may change: "
+                + ", ".join(key.rstrip(".") for key in changeable)
             )
 
 

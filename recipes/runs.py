@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -108,9 +109,11 @@ class Evaluator:
             for index, action in zip(running, actions, strict=True):
                 observation[index], reward, terminated, truncated, _ = self.envs[index].step(action)
                 returns[index] += float(reward)
-                if not (np.isfinite(observation[index]).all() and np.isfinite(reward)):
+                if not (np.isfinite(observation[index]).all() and math.isfinite(reward)):
                     if self.on_nonfinite == "stop":
-                        raise NonFiniteError("the evaluation met a NaN or infinite reward or observation: the run stops here")
+                        raise NonFiniteError(
+                            "the evaluation met a NaN or infinite reward or observation: the run stops here"
+                        )
                     returns[index] = torch.nan
                 elif not (terminated or truncated):
                     still.append(index)
@@ -346,8 +349,8 @@ def watch_experts(trainer: Trainer, actor: ProbabilisticActor, states: Callable[
 
     ExpertCollapse(
         usage,
-        advice="a smaller loss.routing_coef or optim.router_lr, routing=soft_frequency backprop=weighted score=mixture, or "
-        "routing=none show whether the others are needed; PMOEActor(floor=...) keeps them in use",
+        advice="a smaller optim.router_lr slows that, routing=soft_frequency backprop=weighted score=mixture keeps "
+        "several experts, and routing=none tells whether they are needed (README)",
     ).register(trainer)
 
 
@@ -396,6 +399,7 @@ def train_and_record(
     checkpoint: Path | None = None,
     on_resume: Callable[[], None] = lambda: None,
     unsaved: Sequence[str] = (),
+    only_if_unfinished: bool = False,
 ) -> None:
     """Train to the end; leave ``metrics.csv`` and ``learning_curve.png`` in ``run_dir``.
 
@@ -411,6 +415,7 @@ def train_and_record(
         checkpoint: to go on from.
         on_resume: called once it is loaded.
         unsaved: components that checkpoints leave out.
+        only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
     """
     stepper = trainer.optimization_stepper
     evaluator = build_evaluator(cfg, policy, cfg.seed)
@@ -443,7 +448,10 @@ def train_and_record(
     trainer.checkpoint.register("evaluation", evaluator)
     trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - set(unsaved)
     if checkpoint is not None:
-        go_on(cfg, run_dir, trainer, checkpoint)
+        go_on(cfg, run_dir, trainer, checkpoint, finished=only_if_unfinished)
+        if trainer.collected_frames >= cfg.total_frames:
+            evaluator.close()
+            return
         on_resume()
         recorder.resume(trainer.collected_frames)
     keep_config(cfg, run_dir)
@@ -461,19 +469,21 @@ def train_and_record(
         run_to_the_end(trainer, run_dir, recorder.plot)
 
 
-def go_on(cfg: DictConfig, run_dir: Path, trainer: Trainer, checkpoint: Path) -> None:
+def go_on(cfg: DictConfig, run_dir: Path, trainer: Trainer, checkpoint: Path, *, finished: bool = False) -> None:
     """Load a checkpoint into a trainer whose hooks are registered, and clear up behind the run that wrote it.
 
     Raises:
-        UsageError: where it does not fit, or has the frames already.
+        UsageError: where it does not fit, or has the frames already and may not (``finished``).
     """
     try:
         trainer.load_from_file(checkpoint)
     except CheckpointError as error:
         raise resume.does_not_fit(checkpoint, error) from error
-    if trainer.collected_frames >= trainer.total_frames:
+    if trainer.collected_frames >= trainer.total_frames and not finished:
         frames = trainer.collected_frames * cfg.total_frames // trainer.total_frames
-        raise UsageError(f"total_frames={cfg.total_frames}: must be above the {frames} frames that resume={cfg.resume} has")
+        raise UsageError(
+            f"total_frames={cfg.total_frames}: must be above the {frames} frames that resume={cfg.resume} has"
+        )
     resume.tidy(run_dir, checkpoint)
     line = f"goes on at frame {trainer.collected_frames:,} from {checkpoint.name}"
     if trainer.checkpoint.components["episodes"].fresh:
@@ -508,7 +518,11 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, draw: Callable[[], Any]) -> 
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
         last = resume.rotation(run_dir).latest()
-        left = "there is no checkpoint yet" if last is None else f"{last.name} is whole: {resume.command_to_resume(run_dir)}"
+        left = (
+            "there is no checkpoint yet"
+            if last is None
+            else f"{last.name} is whole: {resume.command_to_resume(run_dir)}"
+        )
         reason = f"a file could not be written: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise RunError(f"frame {trainer.collected_frames}: {reason}; the run stops here, {left}") from error
     finally:
@@ -516,4 +530,4 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, draw: Callable[[], Any]) -> 
         with suppress(OSError):
             draw()
     if received and trainer.collected_frames < trainer.total_frames:
-        raise Interrupted(received[0], trainer.collected_frames)
+        raise Interrupted(received[0], f"at frame {trainer.collected_frames:,}, with a checkpoint")

@@ -398,13 +398,14 @@ class Trained:
     buffer: TensorDictReplayBuffer
 
 
-def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained:
+def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_unfinished: bool = False) -> Trained:
     """Run one training from a resolved config and leave its records in ``run_dir``.
 
     Args:
         cfg: the config.
         run_dir: of the run.
         env: seeded, of ``collector.num_envs`` agents; made from ``env`` of the config if not given.
+        only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
     """
     if env is None:
         env = backends.make_env(cfg)
@@ -446,6 +447,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
         diagnose=diagnose_run,
         unsaved=() if cfg.checkpoint.replay_buffer else ("replay_buffer",),
         checkpoint=resume.checkpoint_to_resume(cfg, NEEDED),
+        only_if_unfinished=only_if_unfinished,
     )
     return Trained(actor, buffer)
 
@@ -453,7 +455,9 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None) -> Trained
 @hydra.main(version_base="1.3", config_path="config", config_name="sac_pmoe")
 def main(cfg: DictConfig) -> None:
     """Check the config, then train."""
-    resume.start_or_resume(cfg, resolve_config, lambda cfg, run: (seeds.train if cfg.num_seeds > 1 else train)(cfg, run))
+    resume.start_or_resume(
+        cfg, resolve_config, lambda cfg, run: (seeds.train if cfg.num_seeds > 1 else train)(cfg, run)
+    )
 
 
 if __name__ == "__main__":

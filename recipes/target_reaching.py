@@ -2,8 +2,9 @@
 
     python recipes/target_reaching.py
 
-Trains SAC with every policy that ``policies`` names, lets each act, and draws what they did. Run again with the same
-``hydra.run.dir``, it goes on with what is not finished. Every key is in ``recipes/config/target_reaching.yaml``.
+Trains SAC with every policy that ``policies`` names, lets each act, and draws what they did. ``resume=DIR``, or the
+same command with the same ``hydra.run.dir``, goes on with what is not finished, from the last checkpoints. Every key is
+in ``recipes/config/target_reaching.yaml``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import common
 import hydra
 import numpy as np
+import resume
 import routes_report
 import runs
 import sac_pmoe
@@ -31,6 +33,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
+from yaml import YAMLError
 
 from torchrl_pmoe import NormalMixture, PMOEActor
 from torchrl_pmoe.distributions.proposals import take_expert
@@ -48,6 +51,8 @@ POLICIES: dict[str, dict[str, str]] = {
 """The policies by name: what each sets in a config of ``sac_pmoe.py``."""
 SET_BY_POLICIES = ("preset", "scoring", "routing", "backprop", "score", "acting")
 ENV = "PMOE/TargetReaching-v0"
+MAY_CHANGE = ("num_workers", "logger.progress_bar", "checkpoint.", "compile.", "optim.num_threads")
+"""Keys that may change when an experiment goes on."""
 
 
 def names() -> Rule:
@@ -246,7 +251,7 @@ def train(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: int
     """One training, and the record of its episodes and of the places it explored."""
     run_dir.mkdir(parents=True, exist_ok=True)
     common.prepare_torch(cfg)
-    trained = sac_pmoe.train(cfg, run_dir, make_env(cfg, cfg.collector.num_envs))
+    trained = sac_pmoe.train(cfg, run_dir, make_env(cfg, cfg.collector.num_envs), only_if_unfinished=True)
     visited = trained.buffer[:exploration_frames]["next", "observation"][:, :2].numpy()
     recorded = record_episodes(cfg, trained.actor, episodes)
     part = run_dir / "episodes.part.npz"
@@ -265,7 +270,7 @@ def finished(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: 
     before = OmegaConf.load(run_dir / "config.yaml")
     for key in RULES:
         then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
-        if then != now and not key.startswith(("logger.progress_bar", "device", "optim.num_threads")):
+        if then != now and not key.startswith(("resume", "device", *MAY_CHANGE)):
             raise UsageError(f"{key}={now}: must be {then} in {run_dir.parent}, where {run_dir.name} had that")
     with np.load(run_dir / "episodes.npz") as record:
         had = {"episodes": len(record["stochastic_success"]), "exploration_frames": len(record["visited"])}
@@ -286,8 +291,12 @@ def train_all(cfg: DictConfig, configs: dict[str, DictConfig], directory: Path) 
     args = (cfg.episodes, cfg.exploration_frames)
     todo = {name: run for name, run in configs.items() if not finished(run, directory / name, *args)}
     parallel = cfg.num_workers > 1
-    for run in todo.values():
+    for name, run in todo.items():
         run.logger.progress_bar = cfg.logger.progress_bar and not parallel
+        run.resume = None
+        if any((directory / name / resume.CHECKPOINTS).glob("checkpoint-*")):
+            _, checkpoint = resume.open_run(directory / name)
+            run.resume = str(checkpoint)
     finished_before = len(configs) - len(todo)
     if not parallel:
         for place, (name, run) in enumerate(todo.items(), finished_before + 1):
@@ -310,22 +319,60 @@ def train_all(cfg: DictConfig, configs: dict[str, DictConfig], directory: Path) 
                     bar.update()
                     if waiting:
                         jobs.add(pool.submit(train, *waiting.pop(0)))
-        except BaseException:
+        except BaseException as error:
+            # each writes a checkpoint and is waited for
             for worker in multiprocessing.active_children():
                 worker.terminate()
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+                raise common.Interrupted(number, "with a checkpoint of every training") from None
             raise
+
+
+def resumed_config(cfg: DictConfig) -> DictConfig:
+    """The config of the experiment that ``resume`` names.
+
+    Raises:
+        UsageError: where there is none, or a key was given that must stay.
+    """
+    try:
+        old = OmegaConf.load(Path(cfg.resume) / "config.yaml")
+    except (OSError, ValueError, YAMLError):
+        old = None
+    if not isinstance(old, DictConfig) or "policies" not in old:
+        raise UsageError(
+            f"resume={cfg.resume}: must be the directory of a run of target_reaching.py, with its config.yaml"
+        )
+    resume.apply_changes(old, cfg, MAY_CHANGE)
+    old.resume = cfg.resume
+    return old
+
+
+def experiment(cfg: DictConfig) -> None:
+    """Check the config, train, draw."""
+    if cfg.resume is not None:
+        cfg = resumed_config(cfg)
+    configs = resolve_config(cfg)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.resume is not None:
+        common.remove_empty(directory)
+        directory = Path(cfg.resume)
+    common.prepare_torch(cfg)
+    runs.keep_config(cfg, directory)
+    try:
+        train_all(cfg, configs, directory)
+    except common.Interrupted as interrupted:
+        interrupted.command = resume.command_to_resume(directory)
+        raise
+    task = make_env(cfg, 1).task
+    print(routes_report.report(directory, list(configs), task, cfg.exploration_frames))
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="target_reaching")
 def main(cfg: DictConfig) -> None:
     """Check the config, train, draw."""
     with common.one_line_errors():
-        configs = resolve_config(cfg)
-        directory = Path(HydraConfig.get().runtime.output_dir)
-        common.prepare_torch(cfg)
-        train_all(cfg, configs, directory)
-        task = make_env(cfg, 1).task
-        print(routes_report.report(directory, list(configs), task, cfg.exploration_frames))
+        experiment(cfg)
 
 
 if __name__ == "__main__":

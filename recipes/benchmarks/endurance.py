@@ -2,10 +2,10 @@
 
     python recipes/benchmarks/endurance.py sac_pmoe env=Walker2d-v4 total_frames=200_000 replay_buffer.size=50_000
 
-Starts the recipe with the overrides that follow its name and reads ``/proc`` (Linux) once in ``--every`` seconds. Frames
-are those of ``metrics.csv``, so ``logger.eval_interval`` sets how finely they are known. At the end it prints medians of
-the tenths of the run, and how far memory has grown since the replay buffer was full: median of the last tenth over the
-median of the tenth after that moment.
+Starts the recipe with the overrides that follow its name and reads ``/proc`` (Linux) once in ``--every`` seconds.
+Frames are those of ``metrics.csv``, so ``logger.eval_interval`` sets how finely they are known. At the end it prints
+medians of the tenths of the run, and how far memory has grown since the replay buffer was full: median of the last
+tenth over the median of the tenth after that moment.
 """
 
 from __future__ import annotations

@@ -22,25 +22,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import UsageError, prepare_torch
 from ppo_pmoe import NORMALIZATION, Agent, build_agent, critic_scored
 from ranking import measure_ranking
-from resume import last_checkpoint
-from torchrl.checkpoint import Checkpoint
+from resume import load_components, open_run
 
 
 def load(run: Path) -> tuple[DictConfig, Agent]:
     """The config of a run, and its agent as the last checkpoint left it."""
-    path = last_checkpoint(run)
-    if path is None or not (run / "config.yaml").is_file():
-        raise UsageError(f"{run}: must be the directory of a run, with its config.yaml and checkpoints")
-    cfg = OmegaConf.load(run / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg, path = open_run(run)
     if OmegaConf.select(cfg, "normalization") is None or not critic_scored(cfg):
         raise UsageError(f"{run}: must be a run with policy=pmoe and scoring=critic, which has a Q-network")
     agent = build_agent(cfg)
-    components = {"loss_module": agent.loss, f"trainer_module.{NORMALIZATION}": agent.normalization}
-    checkpoint = Checkpoint()
-    for name, component in components.items():
-        checkpoint.register(name, component)
-    checkpoint.load(path, components=list(components))
+    load_components(path, {"loss_module": agent.loss, f"trainer_module.{NORMALIZATION}": agent.normalization})
     return cfg, agent
 
 

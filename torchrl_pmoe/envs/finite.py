@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gymnasium
@@ -41,7 +42,7 @@ class FiniteSteps(gymnasium.Wrapper):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Take one step."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if np.isfinite(observation).all() and np.isfinite(reward):
+        if np.isfinite(observation).all() and math.isfinite(reward):
             self._last = observation
             return observation, float(reward), terminated, truncated, {**info, NONFINITE: False}
         return self._last, 0.0, False, True, {**info, NONFINITE: True}
@@ -70,8 +71,8 @@ class FiniteStep(Transform):
         next_tensordict.set("reward", reward.masked_fill(bad, 0))
         next_tensordict.set("terminated", next_tensordict.get("terminated") & ~bad)
         for key in ("done", "truncated"):
-            if key in next_tensordict.keys():
-                next_tensordict.set(key, next_tensordict.get(key) | bad)
+            if (ended := next_tensordict.get(key, None)) is not None:
+                next_tensordict.set(key, ended | bad)
         return next_tensordict.set(NONFINITE, bad)
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:

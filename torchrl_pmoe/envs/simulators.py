@@ -147,7 +147,8 @@ def _state(part: gymnasium.Env | BatchedTargetReachingEnv, *, whole: bool) -> di
     if whole:
         state["layers"] = [_plain(layer) for layer in _layers(part)]
         state["mujoco"] = {name: torch.from_numpy(value.copy()) for name, value in _mujoco(part).items()}
-        state["time"] = float(part.unwrapped.data.time) if state["mujoco"] else 0.0
+        task: Any = part.unwrapped
+        state["time"] = float(task.data.time) if state["mujoco"] else 0.0
     return state
 
 
@@ -165,7 +166,8 @@ def _load_state(part: gymnasium.Env | BatchedTargetReachingEnv, state: dict[str,
     for name, value in fields.items():
         value[...] = state["mujoco"][name].numpy()
     if fields:
-        part.unwrapped.data.time = state["time"]
+        task: Any = part.unwrapped
+        task.data.time = state["time"]
 
 
 def _layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
@@ -194,14 +196,15 @@ def _mujoco(env: gymnasium.Env) -> dict[str, np.ndarray]:
     Positions and velocities alone do not do: tasks read what the last substep has left (centres of mass, contact
     forces), and that belongs to the state before it.
     """
-    data = getattr(env.unwrapped, "data", None)
+    task: Any = env.unwrapped
+    data = getattr(task, "data", None)
     if data is None or not find_spec("mujoco"):
         return {}
     import mujoco
 
     if not isinstance(data, mujoco.MjData):
         return {}
-    fresh = mujoco.MjData(env.unwrapped.model)
+    fresh = mujoco.MjData(task.model)
     views: dict[str, np.ndarray] = {}
     for name in dir(data):
         if name.startswith(("_", "efc_", "iefc_")):

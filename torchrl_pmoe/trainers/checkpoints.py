@@ -33,9 +33,9 @@ class VerifiedCheckpoint(Checkpoint):
     """TorchRL's :class:`~torchrl.checkpoint.Checkpoint` for runs that may be killed, on disks that may fail.
 
     A checkpoint is written beside its place, flushed to the disk with the SHA-256 of every file (``sha256sum -c
-    SHA256SUMS`` checks it too) and renamed: whatever happens, it is there as a whole or not at all. It is checked before
-    anything is read from it. Components are tensors, numbers and texts alone: nothing is unpickled, whatever a file
-    says. Replay buffers are written in increments (:class:`ReplayRowsAdapter`).
+    SHA256SUMS`` checks it too) and renamed: whatever happens, it is there as a whole or not at all. It is checked
+    before anything is read from it. Components are tensors, numbers and texts alone: whatever a file says, no code of
+    it runs. Replay buffers are written in increments (:class:`ReplayRowsAdapter`).
 
     Args:
         **components: objects with ``state_dict`` and ``load_state_dict``, or replay buffers.
@@ -277,7 +277,7 @@ def _write_rows(file: Path, rows: TensorDictBase) -> None:
         # NumPy has no bfloat16: bytes have every type
         arrays[str(len(arrays))] = value.contiguous().cpu().unsqueeze(-1).view(torch.uint8).numpy()
     with file.open("xb") as opened:
-        np.savez(opened, names=np.array(json.dumps(names)), **arrays)
+        np.savez(opened, allow_pickle=False, names=np.array(json.dumps(names)), **arrays)
 
 
 def _read_rows(file: Path) -> TensorDict:

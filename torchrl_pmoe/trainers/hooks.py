@@ -86,8 +86,8 @@ class ExpertCollapse(_StatelessHook):
         elif now - self._since >= self.frames:
             self._warned = True
             warnings.warn(
-                f"expert {expert} of {len(usage)} has had {100 * largest:.1f} % of the router's probability since frame "
-                f"{self._since}: {self.advice}.",
+                f"expert {expert} of {len(usage)} has had {100 * largest:.1f} % of the router's probability since "
+                f"frame {self._since}: {self.advice}.",
                 stacklevel=2,
             )
 

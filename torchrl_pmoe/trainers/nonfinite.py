@@ -37,9 +37,9 @@ def check_choice(owner: str, on_nonfinite: str) -> OnNonFinite:
 class FiniteBatch(TrainerHookBase):
     """Keeps bad frames out of the replay buffer: the run stops, or goes on without them.
 
-    *stop* raises :class:`NonFiniteError`. *skip* puts the good frame before it in the place of a bad one, so that shapes
-    and counts stay as they are, and ends the trajectory there (``done`` and ``truncated``, not ``terminated``): what
-    follows is not linked to it. The environment must begin a new episode there
+    *stop* raises :class:`NonFiniteError`. *skip* puts the good frame before it in the place of a bad one, so that
+    shapes and counts stay as they are, and ends the trajectory there (``done`` and ``truncated``, not ``terminated``):
+    what follows is not linked to it. The environment must begin a new episode there
     (:class:`~torchrl_pmoe.envs.FiniteSteps`, :class:`~torchrl_pmoe.envs.FiniteStep`).
 
     Frames on a GPU are judged there; the host looks at the result once in ``look_every`` batches.
@@ -83,7 +83,10 @@ class FiniteBatch(TrainerHookBase):
         self._batches += 1
         on_host = rows.device.type == "cpu"
         if self.on_nonfinite == "skip":
-            return self._without(batch, rows) if not on_host or rows.any() else self._remember(batch)
+            if not on_host or rows.any():
+                return self._without(batch, rows)
+            self._good, self._in_a_row = batch.reshape(-1)[-1:].clone(), 0
+            return None
         found = flags.flatten(1).any(1)
         self._bad = found if self._bad is None else self._bad | found
         if on_host or self._batches % self.look_every == 0:
@@ -100,21 +103,17 @@ class FiniteBatch(TrainerHookBase):
                 "the run stops here"
             )
 
-    def _remember(self, batch: TensorDictBase) -> None:
-        self._good = batch.reshape(-1)[-1:].clone()
-        self._in_a_row = 0
-
     def _without(self, batch: TensorDictBase, bad: Tensor) -> TensorDictBase:
         rows = batch.reshape(-1)
         flat = bad.flatten()
         # row 0 is the last good one of the batches before
-        pool = torch.cat([rows[:1] if self._good is None else self._good, rows])
+        pool: TensorDictBase = torch.cat([rows[:1] if self._good is None else self._good, rows])
         index = torch.arange(1, len(pool), device=flat.device)
         good = torch.where(flat, 0, index)
         source = good.cummax(0).values
         if self._good is None:
             source = torch.where(source > 0, source, good.amax())
-        out = pool[source].reshape(batch.shape)
+        out: TensorDictBase = pool[source].reshape(batch.shape)
         ends = bad.clone()
         ends[..., :-1] |= bad[..., 1:]
         for key in (("next", "done"), ("next", "truncated")):

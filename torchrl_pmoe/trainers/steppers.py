@@ -39,10 +39,11 @@ class FusedOptimizationStepper(OptimizationStepper):
     ``post_loss`` hooks, which are then called after the update. Where the compiler fails, and while ``process_loss``
     hooks are registered (they stand between loss and backward), updates run eagerly, after one warning.
 
-    An update with a NaN or infinite loss or gradient changes nothing: neither parameters, nor the optimiser's state, nor
-    the means. It raises (``on_nonfinite="stop"``) or is left out (``"skip"``, after one warning). On a GPU the update is
-    judged and left out there, if the optimiser is ``fused``; under ``"stop"`` all later ones are left out too, until
-    :meth:`check` is called and raises. Other optimisers are asked from the host there, once an update.
+    An update with a NaN or infinite loss or gradient changes nothing: neither parameters, nor the optimiser's state,
+    nor the means. It raises (``on_nonfinite="stop"``) or is left out (``"skip"``, after one warning). On a GPU the
+    update is judged and left out there, if the optimiser is ``fused`` (a target update goes on); under ``"stop"`` all
+    later ones are left out too, until :meth:`check` is called and raises. For other optimisers the host asks the GPU
+    once an update.
 
     Args:
         target_updater: stepped after the optimiser.
@@ -56,7 +57,8 @@ class FusedOptimizationStepper(OptimizationStepper):
 
     Raises:
         ValueError: with ``cudagraphs`` where no CUDA device is, or for a target updater other than ``SoftUpdate``,
-            which counts its calls on the host; for an optimiser that is not fused, on the first update; for another ``on_nonfinite``.
+            which counts its calls on the host; for another ``on_nonfinite``; on the first update, with ``cudagraphs``
+            for an optimiser that is not ``fused``.
     """
 
     def __init__(
