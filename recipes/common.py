@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 import gymnasium as gym
 import numpy as np
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from policies import UNIMODAL
@@ -71,7 +73,7 @@ RULES: dict[str, Rule] = {
     "env_kwargs": mapping(),
     "seed": integer(0, 2**31 - 1),
     "total_frames": integer(1),
-    "num_experts": either(integer(1), None),
+    "num_experts": either(integer(1, 1024), None),
     "policy": choice("pmoe", *UNIMODAL),
     "blend": choice("parameters", "actions"),
     "preset": either(choice("paper"), None),
@@ -83,18 +85,18 @@ RULES: dict[str, Rule] = {
     "optim.weight_decay": number(at_least=0),
     "optim.adam_eps": number(above=0),
     "optim.gamma": number(at_least=0, at_most=1),
-    "optim.num_threads": either(integer(1), None),
+    "optim.num_threads": either(integer(1, 1024), None),
     "compile.enabled": either(flag(), None),
     "compile.cudagraphs": flag(),
-    "collector.num_envs": integer(1),
+    "collector.num_envs": integer(1, 2**20),
     "collector.backend": either(choice("serial", "parallel", "envpool", "mjx"), None),
     "loss.routing_coef": number(at_least=0),
     "loss.routing_loss": choice("brier", "log"),
-    "loss.num_proposals": integer(1),
+    "loss.num_proposals": integer(1, 1024),
     "logger.backend": either(choice("csv", "tensorboard", "wandb", "mlflow", "trackio"), None),
     "logger.project_name": text(),
     "logger.eval_interval": integer(1),
-    "logger.eval_episodes": integer(1),
+    "logger.eval_episodes": integer(1, 10_000),
     "logger.eval_max_steps": integer(1),
     "logger.eval_expert": either(choice("largest", "drawn"), None),
     "logger.progress_bar": flag(),
@@ -212,14 +214,31 @@ def launch(main: Callable[[], None], rules: Mapping[str, Rule]) -> None:
     """Run a ``hydra.main`` function; what Hydra refuses ends in one line and exit status 2."""
     # Hydra prints several lines and exits with 1, unless it is told to raise
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _check_flags()
     # an exit, not a death: what runs beside this process must end with it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_hydra_line(error, rules), 2)
+    except OSError as error:
+        # ours are one line already: this one comes from before
+        if error.filename is None:
+            raise
+        _stop(f"error: hydra.run.dir: must be a directory that can be made; {error.filename}: {error.strerror}", 2)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
+
+
+def _check_flags() -> None:
+    """End in one line where Hydra's parser would print its usage, or raise."""
+    parser = get_args_parser()
+    parser.error = lambda message: _stop(f"error: {message}; --help tells more", 2)  # type: ignore[method-assign]
+    flags = parser.parse_args()
+    if flags.resolve and not (flags.cfg or flags.help):
+        parser.error("--resolve: goes with --cfg or --help")
+    if flags.package and not flags.cfg:
+        parser.error("--package: goes with --cfg")
 
 
 @contextmanager
@@ -233,6 +252,8 @@ def one_line_errors() -> Iterator[None]:
     except UsageError as error:
         remove_empty(Path(HydraConfig.get().runtime.output_dir))
         _stop(f"error: {error}", 2)
+    except (MemoryError, OverflowError, torch.OutOfMemoryError):
+        _stop(f"error: {_TOO_MUCH}", 1)
     except (NonFiniteError, RunError) as error:
         _stop(f"error: {error}", 1)
     except Interrupted as stop:
@@ -241,11 +262,18 @@ def one_line_errors() -> Iterator[None]:
         # a tensordict's context manager answers an interrupt with an error of its own
         if isinstance(error.__context__, KeyboardInterrupt):
             _stop("interrupted", 130)
+        if "can't allocate memory" in str(error) or "Storage size calculation overflowed" in str(error):
+            _stop(f"error: {_TOO_MUCH}", 1)
         raise
 
 
+_TOO_MUCH = "the config asks for more memory than there is"
+
+
 def _stop(line: str, status: int) -> NoReturn:
-    print(line, file=sys.stderr)
+    # one line, whatever a value holds
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    print(shown, file=sys.stderr)
     sys.exit(status)
 
 
@@ -265,9 +293,19 @@ def _hydra_line(error: Exception, rules: Mapping[str, Rule]) -> str:
 
 def remove_empty(path: Path) -> None:
     """Take back the empty run directory that Hydra makes before a config is looked at."""
-    while path != Path.cwd() and path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-        path = path.parent
+    top = Path(HydraConfig.get().runtime.cwd)
+    os.chdir(top)
+    # as it was written too: with .. in a name, there is more on the way
+    written = top / HydraConfig.get().run.dir
+    made = [here for base in (path, written) for here in (base, *base.parents) if here == path or top in here.parents]
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        # Hydra's own note on a sweep whose first job is refused
+        sweep = Path(HydraConfig.get().sweep.dir).absolute()
+        if all(found.name == "multirun.yaml" or found == path.absolute() for found in sweep.iterdir()):
+            (sweep / "multirun.yaml").unlink(missing_ok=True)
+    for directory in made:
+        if directory.name != ".." and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 # ---------------------------------------------------------------------------------------- environments
@@ -277,7 +315,8 @@ def remove_empty(path: Path) -> None:
 def _quiet_make() -> Iterator[None]:
     """Leave out the two lines that every MuJoCo v4 task prints when it is made."""
     with warnings.catch_warnings(), quiet_mujoco():
-        warnings.filterwarnings("ignore", message=".*is out of date.*")
+        for message in (".*is out of date.*", ".*Using the latest versioned.*"):
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 

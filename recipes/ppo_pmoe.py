@@ -54,11 +54,11 @@ RULES: dict[str, Rule] = {
     "optim.anneal_lr": flag(),
     "optim.max_grad_norm": number(above=0),
     "optim.qvalue_grad_clip": either(choice("apart", "together"), None),
-    "collector.frames_per_batch": integer(1),
+    "collector.frames_per_batch": integer(1, 2**31 - 1),
     "normalization.observation": flag(),
     "normalization.reward": flag(),
     "normalization.clip": number(above=0),
-    "loss.num_minibatches": integer(1),
+    "loss.num_minibatches": integer(1, 2**31 - 1),
     "loss.ppo_epochs": integer(1),
     "loss.gae_lambda": number(at_least=0, at_most=1),
     "loss.clip_epsilon": number(above=0, below=1),
@@ -68,7 +68,7 @@ RULES: dict[str, Rule] = {
     "loss.loss_critic_type": choice("l2", "l1", "smooth_l1"),
     "loss.entropy_coeff": number(at_least=0),
     "loss.qvalue_coeff": number(above=0),
-    "logger.rank_states": either(integer(2), 0),
+    "logger.rank_states": either(integer(2, 2**20), 0),
 }
 
 PAPER = {

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+CLOCKS = ("wall_seconds", "frames_per_second")
+"""The columns that are another time's in every run."""
+
 
 @dataclass
 class RunRecorder:
@@ -59,8 +62,7 @@ class RunRecorder:
         self._mark = (frames, 0.0)
         if not self.path.is_file():
             return
-        with self.path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(self.path)
         # a torn row lacks its last cells, which csv gives as None
         whole = [row for row in rows if None not in row.values() and row.get("frames", "").isdigit()]
         kept = [row for row in whole if int(row["frames"]) <= frames]
@@ -110,10 +112,15 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a ``metrics.csv`` as they stand there."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """The columns of a ``metrics.csv``; an empty cell is nan."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 

@@ -91,9 +91,9 @@ def widths() -> Rule:
 
     def parse(value: Any) -> list[int]:
         _require(isinstance(value, list) and len(value) > 0)
-        return [integer(1).parse(width) for width in value]
+        return [integer(1, 2**20).parse(width) for width in value]
 
-    return Rule("a list of integers >= 1, one at least", parse)
+    return Rule("a list of integers >= 1 and <= 1048576, one at least", parse)
 
 
 def device() -> Rule:
@@ -103,7 +103,8 @@ def device() -> Rule:
         if value is None:
             return "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.empty(0, device=str(value))
+            # a device that holds no numbers (meta) is none to train on
+            torch.zeros(1, device=str(value)).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError from error
         return str(value)

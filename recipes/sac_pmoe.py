@@ -59,19 +59,19 @@ RULES: dict[str, Rule] = {
     "network.log_std_min": number(),
     "network.log_std_max": number(),
     "network.head_init": number(above=0),
-    "num_seeds": integer(1),
-    "optim.batch_size": integer(1),
+    "num_seeds": integer(1, 1024),
+    "optim.batch_size": integer(1, 2**24),
     "optim.utd_ratio": number(above=0),
     "optim.loss_function": choice("l2", "l1", "smooth_l1"),
     "optim.target_update_polyak": number(at_least=0.5, at_most=1),
     "optim.alpha_init": number(above=0),
     "optim.fixed_alpha": flag(),
     "optim.target_entropy": either(number(), "auto"),
-    "collector.frames_per_batch": either(integer(1), None),
+    "collector.frames_per_batch": either(integer(1, 2**31 - 1), None),
     "collector.init_random_frames": integer(0),
     "loss.temperature": number(above=0),
     "loss.straight_through": flag(),
-    "replay_buffer.size": integer(1),
+    "replay_buffer.size": integer(1, 2**31 - 1),
     "replay_buffer.prb": flag(),
     "replay_buffer.scratch_dir": either(text(), None),
     "checkpoint.replay_buffer": flag(),
@@ -278,6 +278,13 @@ def build_replay_buffer(cfg: DictConfig, device: torch.device | str = "cpu") -> 
         device: of the steps, where they are kept in memory.
     """
     size, scratch_dir = cfg.replay_buffer.size, cfg.replay_buffer.scratch_dir
+    if scratch_dir is not None:
+        try:
+            Path(scratch_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"replay_buffer.scratch_dir={scratch_dir}: must be a directory that can be written ({error.strerror})"
+            ) from error
     storage: LazyTensorStorage = (
         LazyTensorStorage(size, device=device)
         if scratch_dir is None

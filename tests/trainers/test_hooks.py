@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_pmoe.trainers import FiniteBatch, FiniteLoss, NonFiniteError, PeriodicEvaluation, ProgressBar
+from torchrl_pmoe.trainers import ExpertCollapse, PeriodicEvaluation, ProgressBar
 
 
 def make_trainer(**kwargs):
@@ -51,24 +51,41 @@ def test_evaluation_does_not_come_twice_after_a_restart():
     assert seen == [40, 70]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_a_batch_with_a_bad_number_is_named_with_its_frames(bad):
-    hook = FiniteBatch(["observation", ("next", "reward")])
-    hook.register(make_trainer())
-    good = TensorDict(observation=torch.zeros(5), next=TensorDict(reward=torch.zeros(5), batch_size=5), batch_size=5)
-    hook(good)
-    worse = good.clone()
-    worse["next", "reward"][3] = bad
-    with pytest.raises(NonFiniteError, match=r"NaN or infinite next\.reward between frames 5 and 10"):
-        hook(worse)
+def usage_over_time(*shares):
+    """Mean probabilities of two experts, one look after the other."""
+    looks = iter(shares)
+    return lambda: torch.tensor([1 - (share := next(looks)), share])
 
 
-def test_a_loss_that_went_bad_is_named():
-    stepper = SimpleNamespace(finite=lambda: False, means=lambda: {"loss_a": 1.0, "loss_b": float("nan")})
-    hook = FiniteLoss(stepper)
-    hook.register(make_trainer(collected_frames=7))
-    with pytest.raises(NonFiniteError, match=r"^loss_b became NaN or infinite before frame 7"):
-        hook()
+@pytest.mark.filterwarnings("error")
+def test_one_expert_that_stays_above_the_share_is_told_once():
+    trainer = make_trainer()
+    hook = ExpertCollapse(usage_over_time(0.5, 0.995, 0.999, 1.0, 1.0), frames=20, look_every=10)
+    hook.register(trainer)
+    evaluated_at(hook, trainer, [5, 10, 20, 30])
+    with pytest.warns(UserWarning, match=r"expert 1 of 2 has had 100\.0 % .* since frame 20: .*floor"):
+        evaluated_at(hook, trainer, [40])
+    evaluated_at(hook, trainer, [50, 60, 90])
+
+
+@pytest.mark.filterwarnings("error")
+def test_experts_that_take_turns_or_come_back_are_not_told():
+    trainer = make_trainer()
+    hook = ExpertCollapse(usage_over_time(0.999, 0.001, 0.999, 0.5, 0.999, 0.999), frames=20, look_every=10)
+    hook.register(trainer)
+    evaluated_at(hook, trainer, [10, 20, 30, 40, 50, 60])
+
+
+def test_a_collapse_is_remembered_in_checkpoints():
+    trainer = make_trainer()
+    first = ExpertCollapse(usage_over_time(1.0, 1.0), frames=20, look_every=10)
+    first.register(trainer)
+    evaluated_at(first, trainer, [10, 20])
+    second = ExpertCollapse(usage_over_time(1.0), frames=20, look_every=10)
+    second.register(trainer)
+    second.load_state_dict(first.state_dict())
+    with pytest.warns(UserWarning, match="since frame 10"):
+        evaluated_at(second, trainer, [30])
 
 
 def test_the_bar_starts_where_an_earlier_run_ended(capsys):

@@ -23,8 +23,8 @@ NONFINITE = "nonfinite"
 class FiniteSteps(gymnasium.Wrapper):
     """Ends the episode, truncated, at a step with a NaN or infinite observation or reward.
 
-    Such a step returns the observation before it, the reward 0 and ``info["nonfinite"] = True``, which tells a run to
-    leave it out (:class:`~torchrl_pmoe.trainers.FiniteBatch`). It belongs inside whatever keeps statistics of
+    Such a step returns the observation before it, the reward 0 and ``info["nonfinite"] = [True]``, which tells a run
+    to leave it out (:class:`~torchrl_pmoe.trainers.FiniteBatch`). It belongs inside whatever keeps statistics of
     observations.
 
     Raises:
@@ -37,15 +37,20 @@ class FiniteSteps(gymnasium.Wrapper):
         if not np.isfinite(observation).all():
             raise FloatingPointError("the environment's first observation of an episode is NaN or infinite")
         self._last = observation
-        return observation, {**info, NONFINITE: False}
+        return observation, {**info, NONFINITE: _mark(False)}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Take one step."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         if np.isfinite(observation).all() and math.isfinite(reward):
             self._last = observation
-            return observation, float(reward), terminated, truncated, {**info, NONFINITE: False}
-        return self._last, 0.0, False, True, {**info, NONFINITE: True}
+            return observation, float(reward), terminated, truncated, {**info, NONFINITE: _mark(False)}
+        return self._last, 0.0, False, True, {**info, NONFINITE: _mark(True)}
+
+
+def _mark(bad: bool) -> np.ndarray:
+    # TorchRL reads arrays alone
+    return np.array([bad])
 
 
 def read_nonfinite(env: GymWrapper) -> EnvBase:

@@ -1,0 +1,281 @@
+"""Numbers that are NaN or infinite: found in the update or the batch in which they appear, and handled as said."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from tensordict import TensorDict
+from test_compiled_stepper import LOSSES, B, Frames, batches
+from torchrl.objectives import SACLoss, SoftUpdate
+from torchrl.trainers import Trainer
+
+from torchrl_pmoe.trainers import FiniteBatch, FiniteLoss, FusedOptimizationStepper, NonFiniteError
+
+NAN, INF = float("nan"), float("inf")
+
+
+# ------------------------------------------------------------------------------------------------- frames
+
+
+def frames(time, *, envs=None):
+    """Frames that count, of one environment or several."""
+    shape = (time,) if envs is None else (envs, time)
+    count = torch.arange(time).float().expand(shape).clone()
+    flag = torch.zeros(*shape, 1, dtype=torch.bool)
+    following = TensorDict(
+        observation=torch.stack([count, count], -1) + 1,
+        reward=count.unsqueeze(-1).clone(),
+        done=flag,
+        terminated=flag.clone(),
+        truncated=flag.clone(),
+        batch_size=shape,
+    )
+    return TensorDict(observation=torch.stack([count, count], -1), next=following, batch_size=shape)
+
+
+KEYS = ["observation", ("next", "observation"), ("next", "reward")]
+
+
+@pytest.mark.parametrize("bad", [NAN, -INF])
+def test_a_batch_with_a_bad_number_is_named_with_its_frames(bad):
+    hook = FiniteBatch(KEYS)
+    hook(frames(5))
+    worse = frames(5)
+    worse["next", "reward"][3] = bad
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite next\.reward between frames 5 and 10"):
+        hook(worse)
+
+
+def test_a_bad_frame_is_replaced_by_the_one_before_it_and_ends_the_trajectory():
+    hook = FiniteBatch(KEYS, "skip")
+    worse = frames(6)
+    worse["next", "observation"][3, 1] = NAN
+    found = hook(worse)
+    assert found["observation"][:, 0].tolist() == [0, 1, 2, 2, 4, 5]
+    assert found["next", "reward"].flatten().tolist() == [0, 1, 2, 2, 4, 5]
+    for key in ("done", "truncated"):
+        assert found["next", key].flatten().tolist() == [False, False, True, True, False, False]
+    assert not found["next", "terminated"].any()
+    assert found.isfinite().all()
+    assert hook.skipped == 1
+
+
+def test_a_marked_frame_is_bad_though_its_numbers_are_not():
+    hook = FiniteBatch(KEYS, "skip")
+    batch = frames(4)
+    batch["next", "nonfinite"] = torch.tensor([False, False, True, False]).unsqueeze(-1)
+    assert hook(batch)["observation"][:, 0].tolist() == [0, 1, 1, 3]
+
+
+def test_bad_frames_at_the_start_are_replaced_by_the_last_good_one_of_the_batch_before():
+    hook = FiniteBatch(KEYS, "skip")
+    assert hook(frames(3)) is None
+    worse = frames(3)
+    worse["next", "reward"][:2] = INF
+    assert hook(worse)["observation"][:, 0].tolist() == [2, 2, 2]
+    alone = frames(1)
+    alone["observation"][0] = NAN
+    assert hook(alone)["observation"][:, 0].tolist() == [2]
+    assert hook.skipped == 3
+
+
+def test_bad_frames_at_the_start_of_a_run_are_replaced_by_a_good_one_of_their_batch():
+    worse = frames(3)
+    worse["next", "reward"][0] = INF
+    assert FiniteBatch(KEYS, "skip")(worse)["observation"][:, 0].tolist() == [2, 1, 2]
+
+
+def test_trajectories_of_several_environments_end_where_their_own_frames_are_bad():
+    hook = FiniteBatch(KEYS, "skip")
+    worse = frames(4, envs=2)
+    worse["next", "reward"][1, 2] = NAN
+    found = hook(worse)
+    assert found["next", "done"].squeeze(-1).tolist() == [[False] * 4, [False, True, True, False]]
+    assert found["observation"][..., 0].tolist() == [[0, 1, 2, 3], [0, 1, 1, 3]]
+
+
+def test_an_environment_that_gives_nothing_else_stops_the_run():
+    bad = frames(2)
+    bad["next", "reward"][:] = NAN
+    with pytest.raises(NonFiniteError, match="nothing but NaN or infinite numbers up to frame 2"):
+        FiniteBatch(KEYS, "skip")(bad.clone())
+    hook = FiniteBatch(KEYS, "skip")
+    hook(frames(2))
+    for _ in range(99):
+        hook(bad.clone())
+    with pytest.raises(NonFiniteError, match="nothing but NaN"):
+        hook(bad.clone())
+
+
+def test_what_was_left_out_is_remembered_in_checkpoints():
+    first, second = FiniteBatch(KEYS, "skip"), FiniteBatch(KEYS, "skip")
+    first(frames(3))
+    bad = frames(1)
+    bad["next", "reward"][:] = NAN
+    first(bad.clone())
+    second.load_state_dict(first.state_dict())
+    assert second(bad.clone())["observation"][:, 0].tolist() == [2]
+    assert second.skipped == 2
+
+
+def test_another_word_is_refused():
+    for build in (lambda: FiniteBatch(KEYS, "ignore"), lambda: FusedOptimizationStepper(on_nonfinite="ignore")):
+        with pytest.raises(ValueError, match="on_nonfinite='ignore' must be 'stop' or 'skip'"):
+            build()
+
+
+# ------------------------------------------------------------------------------------------------ updates
+
+
+def train(data, on_nonfinite, *, device="cpu", name="PMOESACLoss, max", hook=True, **kwargs):
+    """Parameters, targets and optimiser state after the updates of some batches, and the stepper."""
+    torch.manual_seed(0)
+    loss = LOSSES[name]().to(device)
+    target = SoftUpdate(loss, eps=0.9) if isinstance(loss, SACLoss) else None
+    stepper = FusedOptimizationStepper(target, on_nonfinite=on_nonfinite, **kwargs)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2, eps=1e-2, fused=True)
+    trainer = Trainer(
+        collector=Frames([batch.to(device) for batch in data]),
+        total_frames=len(data) * B,
+        frame_skip=1,
+        optim_steps_per_batch=1,
+        loss_module=loss,
+        optimizer=optimizer,
+        optimization_stepper=stepper,
+        clip_norm=0.5,
+        progress_bar=False,
+    )
+    if hook:
+        FiniteLoss(stepper, look_every=1).register(trainer)
+    # the draws of a batch are its own, whatever came before
+    trainer.register_op("process_optim_batch", lambda batch: torch.manual_seed(int(batch["seed"][0])) and None)
+    error = None
+    try:
+        trainer.train()
+    except NonFiniteError as raised:
+        error = raised
+    state = {key: value.detach().cpu().clone() for key, value in loss.state_dict().items()}
+    moments = [s.detach().cpu().clone() for p in loss.parameters() for s in optimizer.state.get(p, {}).values()]
+    return state, moments, stepper, error
+
+
+def numbered(count):
+    data = batches(count)
+    for seed, batch in enumerate(data):
+        batch["seed"] = torch.full((B, 1), seed)
+    return data
+
+
+def poisoned(data, index, value=NAN):
+    data = [batch.clone() for batch in data]
+    data[index]["next", "reward"][3] = value
+    return data
+
+
+def assert_equal(found, expected):
+    assert found[0].keys() == expected[0].keys()
+    for key, value in expected[0].items():
+        assert torch.equal(found[0][key], value), key
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}], ids=["eager", "fused"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_bad_loss_stops_in_its_update_and_leaves_the_weights_of_the_one_before(bad, compile):
+    data = numbered(5)
+    before = train(data[:2], "stop", compile=compile)
+    found = train(poisoned(data, 2, bad), "stop", compile=compile)
+    # a loss that is infinite may have a finite slope
+    assert re.match(r"loss_qvalue( and a gradient)? became NaN or infinite in update 3 \(frame 48\)", str(found[3]))
+    assert_equal(found, before)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}], ids=["eager", "fused"])
+def test_a_skipped_update_is_as_if_its_batch_had_never_been(compile):
+    data = numbered(6)
+    expected = train([*data[:3], *data[4:]], "skip", compile=compile)
+    with pytest.warns(UserWarning, match=r"loss_qvalue and a gradient became NaN or infinite in update 4 \(frame 64\)"):
+        found = train(poisoned(data, 3), "skip", compile=compile)
+    assert_equal(found, expected)
+    assert (found[2].skipped, expected[2].skipped) == (1, 0)
+    assert found[2].means() == pytest.approx(expected[2].means(), rel=1e-6)
+
+
+def test_a_bad_gradient_of_finite_losses_is_found():
+    x = torch.nn.Parameter(torch.zeros(1))
+
+    class Root(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = x
+
+        def forward(self, batch):
+            return TensorDict(loss=x.abs().sqrt().sum())
+
+    trainer = Trainer(
+        collector=Frames(numbered(1)),
+        total_frames=B,
+        frame_skip=1,
+        optim_steps_per_batch=1,
+        loss_module=Root(),
+        optimizer=torch.optim.SGD([x], lr=1.0),
+        optimization_stepper=FusedOptimizationStepper(),
+        progress_bar=False,
+    )
+    with pytest.raises(NonFiniteError, match=r"^a gradient became NaN or infinite in update 1"):
+        trainer.train()
+    assert x.item() == 0
+
+
+def test_diagnostics_may_be_anything():
+    x = torch.nn.Parameter(torch.ones(1))
+    stepper = FusedOptimizationStepper()
+    optimizer = torch.optim.SGD([x], lr=0.5)
+    outputs = {"loss": x.detach().sum(), "explained_variance": torch.tensor(NAN)}
+    x.grad = torch.ones(1)
+    bad = stepper._descend(type("T", (), {"optimizer": optimizer, "clip_norm": None}), outputs)
+    assert not bad.any()
+    assert x.item() == 0.5
+
+
+def test_a_hundred_bad_updates_in_a_row_stop_a_run_that_skips():
+    data = numbered(2)
+    endless = [data[0], *[poisoned(data, 1)[1]] * 120]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = train(endless, "skip", name="SACLoss, Gaussian")
+    assert "as in all of the last 100" in str(found[3])
+    assert found[2].updates == 101
+
+
+def test_means_and_counts_go_on_after_a_checkpoint():
+    data = numbered(4)
+    whole = train(data, "stop")[2]
+    half = train(data[:2], "stop")[2]
+    other = FusedOptimizationStepper()
+    other.load_state_dict(half.state_dict())
+    assert other.updates == 2
+    other._accumulate({key: whole._sums[i] - half._sums[i] for i, key in enumerate(whole._keys)})
+    other._count += 1
+    assert other.means() == pytest.approx(whole.means(), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("cudagraphs", [False, True])
+def test_updates_on_a_gpu_are_judged_and_left_out_there(cudagraphs):
+    data = numbered(9)
+    expected = train([*data[:6], *data[7:]], "skip", device="cuda", hook=False, cudagraphs=cudagraphs)
+    found = train(poisoned(data, 6), "skip", device="cuda", hook=False, cudagraphs=cudagraphs)
+    # the targets take their step, the rest does not
+    for key, value in expected[0].items():
+        if not key.startswith("target_") and not cudagraphs:
+            torch.testing.assert_close(found[0][key], value)
+    assert found[2].skipped == 1
+    stopped = train(poisoned(data, 6), "stop", device="cuda", cudagraphs=cudagraphs)
+    assert "in update 7" in str(stopped[3])
+    assert all(value.isfinite().all() for value in stopped[0].values())
