@@ -170,7 +170,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     """Run one training from a resolved config and leave its records in ``run_dir``."""
     agent = build_agent(cfg)
     actor = agent.actor
-    checkpoint = resume.checkpoint_to_resume(cfg, ppo_pmoe.NEEDED)
+    checkpoint = resume.checkpoint_to_resume(cfg)
     collector = runs.build_collector(cfg, agent.env, actor, frames_per_batch=cfg.collector.frames_per_batch)
     buffer = ppo_pmoe.build_buffer(cfg)
     gae = DoubleGAE(actor, agent.value, gamma=cfg.optim.gamma, lmbda=cfg.loss.gae_lambda)

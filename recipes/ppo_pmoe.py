@@ -94,7 +94,6 @@ PAPER_NUM_EXPERTS = {
 }
 TRAINED_ON = ["observation", "action", "action_log_prob", "advantage", "value_target", "state_value"]
 NORMALIZATION = "normalization"
-NEEDED = {f"trainer_module.{NORMALIZATION}": "the running statistics of observations and rewards"}
 LOSS_COLUMNS = (
     "loss_objective",
     "loss_critic",
@@ -441,7 +440,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
 
     if cfg.policy == "pmoe":
         runs.watch_experts(trainer, actor, lambda: buffer[:].select("observation"))
-    checkpoint = resume.checkpoint_to_resume(cfg, NEEDED)
+    checkpoint = resume.checkpoint_to_resume(cfg)
     runs.train_and_record(
         cfg,
         run_dir,

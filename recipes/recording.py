@@ -15,8 +15,45 @@ from pathlib import Path
 
 import numpy as np
 
+MIB = 2**20
 CLOCKS = ("wall_seconds", "frames_per_second")
 """The columns that are another time's in every run."""
+
+
+@dataclass
+class CheckpointLog:
+    """What checkpoints cost: ``checkpoints.csv``, one row for each that was written.
+
+    Args:
+        directory: the run's own.
+    """
+
+    directory: Path
+    number: int = 0
+    seconds: float = 0.0
+    size: int = 0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def __call__(self, path: Path, seconds: float, size: int) -> None:
+        """Add a row.
+
+        Args:
+            path: of the checkpoint.
+            seconds: that it took.
+            size: bytes that were written.
+        """
+        self.number, self.seconds, self.size = self.number + 1, self.seconds + seconds, self.size + size
+        file = self.directory / "checkpoints.csv"
+        header = "" if file.is_file() else "frames,seconds,written_mib,total_mib\r\n"
+        total = sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+        frames = int(path.name.rsplit("-", 1)[-1])
+        with file.open("a", newline="") as opened:
+            opened.write(f"{header}{frames},{seconds:.3f},{size / MIB:.3f},{total / MIB:.3f}\r\n")
+
+    def __str__(self) -> str:
+        share = self.seconds / max(time.perf_counter() - self._start, 1e-9)
+        one = "checkpoint" if self.number == 1 else "checkpoints"
+        return f"{self.number} {one}: {self.size / MIB:.1f} MiB in {self.seconds:.1f} s, {share:.1%} of the run's time"
 
 
 @dataclass

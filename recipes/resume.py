@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import common
@@ -203,7 +204,7 @@ def run_directory(cfg: DictConfig) -> Path:
     return Path(cfg.resume).parent.parent
 
 
-def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str]) -> Path | None:
+def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str] = MappingProxyType({})) -> Path | None:
     """The checkpoint that a resolved config goes on from, ``None`` without one.
 
     Args:

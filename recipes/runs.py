@@ -18,7 +18,7 @@ import resume
 import torch
 from common import Interrupted, RunError, UsageError, make_gym
 from omegaconf import DictConfig, OmegaConf
-from recording import RunRecorder, replace
+from recording import CheckpointLog, RunRecorder, replace
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -511,6 +511,7 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, draw: Callable[[], Any]) -> 
         Interrupted: if a signal has ended it, after a checkpoint.
         RunError: where a file could not be written; the last checkpoint stays whole.
     """
+    trainer.checkpoint.on_saved = log = CheckpointLog(run_dir)
     try:
         with finish_on_signal(trainer) as received:
             trainer.train()
@@ -529,5 +530,6 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, draw: Callable[[], Any]) -> 
         # a full disk has no room for a picture either
         with suppress(OSError):
             draw()
+    print(log)
     if received and trainer.collected_frames < trainer.total_frames:
         raise Interrupted(received[0], f"at frame {trainer.collected_frames:,}, with a checkpoint")

@@ -285,10 +285,13 @@ def build_replay_buffer(cfg: DictConfig, device: torch.device | str = "cpu") -> 
             raise UsageError(
                 f"replay_buffer.scratch_dir={scratch_dir}: must be a directory that can be written ({error.strerror})"
             ) from error
+        if cfg.resume is None and any(Path(scratch_dir).iterdir()):
+            raise UsageError(f"replay_buffer.scratch_dir={scratch_dir}: must be empty or not there")
     storage: LazyTensorStorage = (
         LazyTensorStorage(size, device=device)
         if scratch_dir is None
-        else LazyMemmapStorage(size, scratch_dir=scratch_dir)
+        # a run that goes on finds the files of the one before, and fills them from its checkpoint
+        else LazyMemmapStorage(size, scratch_dir=scratch_dir, existsok=True)
     )
     if cfg.replay_buffer.prb:
         try:

@@ -43,6 +43,20 @@ class NanObservation(Line):
         return np.full(2, np.nan) if self.steps > GOOD_STEPS else np.zeros(2)
 
 
+class RewardGlitch(Line):
+    """Bad at every fortieth step."""
+
+    def reward(self):
+        return float("inf") if self.steps % 40 == 0 else 1.0
+
+
+class ObservationGlitch(Line):
+    """Bad at every fortieth step."""
+
+    def observe(self):
+        return np.array([np.nan, 1.0]) if self.steps % 40 == 0 else np.ones(2)
+
+
 class Pixels(Line):
     observation_space = Box(0, 255, (8, 8, 3), np.uint8)
 
@@ -51,5 +65,5 @@ class Unbounded(Line):
     action_space = Box(-np.inf, np.inf, (1,), np.float32)
 
 
-for kind in (NanReward, NanObservation, Pixels, Unbounded):
+for kind in (NanReward, NanObservation, RewardGlitch, ObservationGlitch, Pixels, Unbounded):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, disable_env_checker=True)

@@ -45,9 +45,13 @@ def start(recipe: str, *args: str, directory: Path) -> subprocess.CompletedProce
     )
 
 
-def resolve(recipe: ModuleType, *overrides: str) -> DictConfig:
+def composed(recipe: ModuleType, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
-        cfg = compose(recipe.__name__, overrides=list(overrides))
+        return compose(recipe.__name__, overrides=list(overrides))
+
+
+def resolve(recipe: ModuleType, *overrides: str) -> DictConfig:
+    cfg = composed(recipe, *overrides)
     recipe.resolve_config(cfg)
     return cfg
 

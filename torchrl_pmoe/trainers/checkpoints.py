@@ -42,7 +42,8 @@ class VerifiedCheckpoint(Checkpoint):
 
     Attributes:
         last: the checkpoint that was saved or loaded last.
-        written: seconds and bytes of the last save, bytes of earlier checkpoints that it shares left out.
+        on_saved: called after every save with its path, its seconds and the bytes that it has written; those of earlier
+            checkpoints that it shares do not count.
 
     Examples:
         >>> import tempfile
@@ -57,7 +58,7 @@ class VerifiedCheckpoint(Checkpoint):
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
         self.last: Path | None = None
-        self.written: tuple[float, int] = (0.0, 0)
+        self.on_saved: Callable[[Path, float, int], None] = lambda path, seconds, size: None
         self._sums: dict[tuple[int, int, int, int], str] = {}
         self.register_adapter(object, StateFileAdapter())
         self.register_adapter(ReplayBuffer, ReplayRowsAdapter(lambda: self.last))
@@ -86,7 +87,7 @@ class VerifiedCheckpoint(Checkpoint):
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         self.last = destination
-        self.written = (perf_counter() - began, new)
+        self.on_saved(destination, perf_counter() - began, new)
         return destination
 
     def load(self, path: str | Path, **kwargs: Any) -> CheckpointLoadResult:

@@ -1,0 +1,400 @@
+"""Runs that are stopped, killed, damaged and resumed, against runs that were left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipe_runs
+import torch
+from recipe_runs import RECIPES, assert_one_line, common, start, timeless_rows
+
+import dac  # isort: skip
+import ppo_pmoe  # isort: skip
+import resume  # isort: skip
+import runs  # isort: skip
+import sac_pmoe  # isort: skip
+import seeds  # isort: skip
+import target_reaching  # isort: skip
+
+SAC = [
+    "env=Hopper-v4",
+    "total_frames=240",
+    "network.hidden_sizes=[16,16]",
+    "optim.batch_size=16",
+    "collector.init_random_frames=50",
+    "logger.eval_interval=60",
+    "logger.eval_episodes=2",
+    "logger.eval_max_steps=20",
+    "checkpoint.interval=50",
+    "checkpoint.keep=100",
+]
+PPO = [*recipe_runs.SMALL_PPO, "total_frames=768", "checkpoint.interval=128", "checkpoint.keep=100"]
+HERE = ["device=cpu", "logger.progress_bar=false"]
+
+
+def frames_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("checkpoint-*"))
+
+
+def interrupted_copy(run: Path, copy: Path, after: int) -> None:
+    """What a run that was killed some time after frame ``after`` has left."""
+    shutil.copytree(run, copy)
+    for checkpoint in checkpoints(copy):
+        if frames_of(checkpoint) > after:
+            shutil.rmtree(checkpoint)
+
+
+def go_on_here(recipe, run: Path, train=None) -> None:
+    cfg, checkpoint = resume.open_run(run)
+    cfg.resume = str(checkpoint)
+    recipe.resolve_config(cfg)
+    (train or recipe.train)(cfg, run)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "after"),
+    [
+        (sac_pmoe, [*SAC], 150),
+        (sac_pmoe, [*SAC, "env=Pendulum-v1", "policy=gaussian", "collector.num_envs=2", "replay_buffer.size=64"], 150),
+        (sac_pmoe, [*SAC, "acting=best_of_experts", "scoring=gradient", "replay_buffer.scratch_dir=SCRATCH"], 100),
+        (sac_pmoe, [*SAC, "on_nonfinite=skip", "optim.router_lr=1e-3", "collector.frames_per_batch=10"], 120),
+        (sac_pmoe, [*SAC, "collector.init_random_frames=120"], 60),
+        (ppo_pmoe, [*PPO], 256),
+        (ppo_pmoe, [*PPO, "env=HalfCheetah-v4", "scoring=critic", "logger.rank_states=0", "collector.num_envs=2"], 512),
+        (ppo_pmoe, [*PPO, "collector.backend=serial", "on_nonfinite=skip", "actions=bounded"], 384),
+        (dac, [*PPO], 384),
+    ],
+    ids=["sac", "gaussian", "memmap", "skip", "random frames", "ppo", "critic", "ppo skip", "dac"],
+)  # fmt: skip
+def test_an_interrupted_run_ends_with_the_metrics_of_one_that_was_left_alone(recipe, overrides, after, tmp_path):
+    overrides = [value.replace("SCRATCH", str(tmp_path / "scratch")) for value in overrides]
+    recipe_runs.run_here(recipe, tmp_path / "whole", *overrides)
+    interrupted_copy(tmp_path / "whole", tmp_path / "half", after)
+    torch.manual_seed(99)  # what another process would have
+    go_on_here(recipe, tmp_path / "half")
+    assert timeless_rows(tmp_path / "half") == timeless_rows(tmp_path / "whole")
+
+
+def test_several_seeds_at_once_go_on(tmp_path):
+    cfg = recipe_runs.resolve(sac_pmoe, *HERE, *SAC, "num_seeds=2")
+    seeds.train(cfg, tmp_path / "whole")
+    interrupted_copy(tmp_path / "whole", tmp_path / "half", 150)
+    go_on_here(sac_pmoe, tmp_path / "half", seeds.train)
+    for name in ("seed0", "seed1"):
+        assert timeless_rows(tmp_path / "half" / name) == timeless_rows(tmp_path / "whole" / name)
+
+
+def test_a_compiled_run_goes_on_compiled(tmp_path):
+    pytest.importorskip("torch._inductor")
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler here")
+    recipe_runs.run_here(sac_pmoe, tmp_path / "whole", *SAC, "compile.enabled=true")
+    interrupted_copy(tmp_path / "whole", tmp_path / "half", 150)
+    torch._dynamo.reset()
+    go_on_here(sac_pmoe, tmp_path / "half")
+    assert timeless_rows(tmp_path / "half") == timeless_rows(tmp_path / "whole")
+
+
+ROUTES = [
+    "policies=[pmoe]",
+    "total_frames=160",
+    "exploration_frames=80",
+    "episodes=10",
+    "network.hidden_sizes=[16,16]",
+    "optim.batch_size=16",
+    "collector.init_random_frames=40",
+    "logger.eval_interval=40",
+    "logger.eval_episodes=2",
+    "checkpoint.interval=40",
+    "checkpoint.keep=100",
+    "replay_buffer.size=500",
+]
+
+
+def test_target_reaching_goes_on_with_each_of_its_trainings(tmp_path):
+    def configs():
+        cfg = recipe_runs.composed(target_reaching, *HERE, *ROUTES)
+        return cfg, target_reaching.resolve_config(cfg)
+
+    cfg, found = configs()
+    target_reaching.train_all(cfg, found, tmp_path / "whole")
+    (name,) = found
+    for after in (80, 160):  # 160: killed between the last frame and its episodes
+        half = tmp_path / f"half{after}"
+        interrupted_copy(tmp_path / "whole" / name, half / name, after)
+        (half / name / "episodes.npz").unlink()
+        target_reaching.train_all(*configs(), half)
+        assert timeless_rows(half / name) == timeless_rows(tmp_path / "whole" / name)
+        whole = tmp_path / "whole" / name / "episodes.npz"
+        with np.load(half / name / "episodes.npz") as ours, np.load(whole) as theirs:
+            for key in theirs.files:
+                np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+
+
+# --------------------------------------------------------------------------------------------- signals
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def in_background(recipe, *args, directory):
+    return subprocess.Popen(
+        [sys.executable, str(RECIPES / f"{recipe}.py"), *args],
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+ENDLESS = ["total_frames=1e6", "compile.enabled=false", "logger.progress_bar=false", "checkpoint.keep=2"]
+
+
+@pytest.mark.parametrize(("recipe", "number"), [("sac_pmoe", signal.SIGINT), ("ppo_pmoe", signal.SIGTERM)])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(recipe, number, tmp_path):
+    small = SAC if recipe == "sac_pmoe" else PPO
+    process = in_background(recipe, *small, *ENDLESS, "hydra.run.dir=run", directory=tmp_path)
+    wait_for(lambda: checkpoints(tmp_path / "run"), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    told, last = err.strip().splitlines()
+    assert told.startswith("stopping: this batch is finished and a checkpoint written")
+    found = re.fullmatch(r"stopped at frame ([\d,]+), with a checkpoint; goes on with: (.+)", last)
+    assert found is not None, last
+    frame = int(found[1].replace(",", ""))
+    assert frames_of(checkpoints(tmp_path / "run")[-1]) == frame
+    python, script, argument = found[2].split(" ")
+    assert (python, Path(script).name, argument) == ("python", f"{recipe}.py", "resume=run")
+    done = start(recipe, argument, f"total_frames={frame + 128}", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"goes on at frame {frame:,} from checkpoint-{frame:012d}\n")
+
+
+def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(tmp_path):
+    process = in_background(
+        "sac_pmoe", *SAC, *ENDLESS, "checkpoint.interval=1", "hydra.run.dir=run", directory=tmp_path
+    )
+    run = tmp_path / "run"
+
+    def writing():
+        return len(checkpoints(run)) >= 2 and list((run / "checkpoints").glob(".checkpoint-*partial"))
+
+    wait_for(writing, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    _, newest = resume.open_run(run)
+    assert newest == checkpoints(run)[-1]
+    frame = frames_of(newest)
+    (run / "checkpoints" / ".checkpoint-000000099999.partial").mkdir(exist_ok=True)
+    with (run / "metrics.csv").open("a") as file:
+        file.write(f"{frame + 1000},1.5,")  # a torn row of the future
+    done = start("sac_pmoe", "resume=run", f"total_frames={frame + 60}", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"goes on at frame {frame:,} ")
+    assert not list((run / "checkpoints").glob(".checkpoint-*"))
+    numbers = [int(row["frames"]) for row in recipe_runs.rows(run)]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == frame + 60
+
+
+# ------------------------------------------------------------------------------------------- bad files
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    recipe_runs.run_here(sac_pmoe, run, *SAC, "checkpoint.keep=2")
+    return run
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0x10
+    path.write_bytes(data)
+
+
+def reseal(checkpoint: Path, change) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    change(manifest)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    sums = (checkpoint / "SHA256SUMS").read_text().splitlines()
+    digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    sums = [f"{digest}  manifest.json" if line.endswith("  manifest.json") else line for line in sums]
+    (checkpoint / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+
+
+def older_format(checkpoint: Path) -> None:
+    reseal(checkpoint, lambda manifest: manifest["metadata"]["torchrl_pmoe"].update(format=1))
+
+
+def other_config(checkpoint: Path) -> None:
+    reseal(checkpoint, lambda manifest: manifest["metadata"]["torchrl_pmoe"]["config"].update(num_experts=7))
+
+
+BAD = {
+    "truncated": (lambda c: truncate(next(c.glob("*/*optimizer/state.pt"))), "optimizer/state.pt is damaged"),
+    "bit": (lambda c: flip(next(c.glob("*/*replay_buffer/rows*"))), r"rows-\S+\.npz is damaged"),
+    "empty": (lambda c: next(c.glob("*/*loss_module/state.pt")).write_bytes(b""), "loss_module/state.pt is empty"),
+    "manifest": (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    "gone": (lambda c: shutil.rmtree(next(c.glob("*/*rng"))), "rng/state.pt is missing"),
+    "foreign file": (lambda c: (c / "weights.pt").write_bytes(b"x"), "holds weights.pt, which is no file of a"),
+    "before checksums": (lambda c: (c / "SHA256SUMS").unlink(), "was written by an older version, or in part"),
+    "older format": (older_format, "is of format 1, this version reads 2"),
+    "foreign": (lambda c: (shutil.rmtree(c), c.mkdir()), "is no checkpoint of this package"),
+}
+
+
+@pytest.mark.parametrize(("damage", "why"), BAD.values(), ids=list(BAD))
+def test_a_bad_checkpoint_is_one_line_and_a_whole_older_one_is_offered(damage, why, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    older, newest = checkpoints(tmp_path / "run")
+    damage(newest)
+    before = snapshot(tmp_path)
+    with pytest.raises(common.UsageError, match=why) as error:
+        resume.open_run(tmp_path / "run")
+    line = str(error.value)
+    assert "\n" not in line
+    assert line.startswith(f"{tmp_path / 'run'}: must hold a whole checkpoint; ")
+    assert line.endswith(f"an older one is whole: resume={older}")
+    assert snapshot(tmp_path) == before
+    assert resume.open_run(older)[1] == older
+
+
+def test_a_run_without_a_whole_checkpoint_says_so(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for checkpoint in checkpoints(tmp_path / "run"):
+        truncate(checkpoint / "manifest.json")
+    with pytest.raises(common.UsageError, match="no older one is whole"):
+        resume.open_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(common.UsageError, match="there is no checkpoint yet"):
+        resume.open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda run: other_config(checkpoints(run)[-1]), "was written with num_experts=7, config.yaml has 4"),
+        (lambda run: truncate(run / "config.yaml"), "config.yaml"),
+        (lambda run: (run / "config.yaml").unlink(), "must hold the run's config.yaml, which is missing or damaged"),
+    ],
+    ids=["other run's checkpoint", "damaged config", "no config"],
+)
+def test_a_config_that_does_not_belong_to_the_checkpoint_is_refused(spoil, why, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    spoil(tmp_path / "run")
+    with pytest.raises(common.UsageError, match=re.escape(why)) as error:
+        resume.open_run(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_resumes_on_the_command_line_leave_everything_as_it_was(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    older, newest = checkpoints(tmp_path / "run")
+    flip(next(newest.glob("*/*optimizer/state.pt")))
+    before = snapshot(tmp_path)
+    assert_one_line(
+        start("sac_pmoe", "resume=run", "total_frames=300", directory=tmp_path), "resume=run: must hold a whole"
+    )
+    assert_one_line(
+        start("ppo_pmoe", "resume=run/checkpoints/" + older.name, directory=tmp_path), "resume=run/checkpoints"
+    )
+    assert snapshot(tmp_path) == before
+    # what is offered works; the damaged one is set aside
+    done = start("sac_pmoe", f"resume=run/checkpoints/{older.name}", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"now set-aside-{newest.name}" in done.stdout
+    assert timeless_rows(tmp_path / "run") == timeless_rows(finished)
+    assert frames_of(checkpoints(tmp_path / "run")[-1]) == 240
+
+
+def test_a_run_without_its_replay_buffer_cannot_go_on(tmp_path):
+    recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SAC, "checkpoint.replay_buffer=false")
+    assert not list((tmp_path / "run").rglob("rows-*"))
+    with pytest.raises(common.UsageError, match="must hold the replay buffer"):
+        go_on_here(sac_pmoe, tmp_path / "run")
+
+
+def test_a_full_disk_ends_the_run_with_a_line_and_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write = runs.VerifiedCheckpoint._seal
+    saves = []
+
+    def fill(self, root):
+        saves.append(root)
+        if len(saves) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        return write(self, root)
+
+    monkeypatch.setattr(runs.VerifiedCheckpoint, "_seal", fill)
+    try:
+        with pytest.raises(common.RunError) as error:
+            recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SAC)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = str(error.value)
+    assert "checkpoint-000000000150 could not be written: File too large; the run stops here" in line
+    assert "checkpoint-000000000100 is whole: " in line
+    assert "\n" not in line
+    monkeypatch.undo()
+    assert resume.open_run(tmp_path / "run")[1].name == "checkpoint-000000000100"
+    go_on_here(sac_pmoe, tmp_path / "run")
+    recipe_runs.run_here(sac_pmoe, tmp_path / "alone", *SAC)
+    assert timeless_rows(tmp_path / "run") == timeless_rows(tmp_path / "alone")
+
+
+def test_a_path_that_needs_it_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recipes/sac_pmoe.py"])
+    assert resume.command_to_resume(tmp_path / "run") == "python recipes/sac_pmoe.py resume=run"
+    assert resume.command_to_resume(tmp_path / "a b=c") == "python recipes/sac_pmoe.py 'resume='\"'\"'a b=c'\"'\"''"
+
+
+# ----------------------------------------------------------------------------------------- bad numbers
+
+
+@pytest.mark.parametrize(
+    ("recipe", "small", "what"),
+    [("sac_pmoe", SAC, "Reward"), ("sac_pmoe", SAC, "Observation"), ("ppo_pmoe", PPO, "Observation")],
+)
+def test_a_run_goes_on_without_the_frames_that_are_bad(recipe, small, what, tmp_path):
+    env = [f"env=recipe_envs:{what}Glitch-v0", "on_nonfinite=skip", "logger.progress_bar=false"]
+    done = start(recipe, *small, *env, "hydra.run.dir=run", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    last = recipe_runs.rows(tmp_path / "run")[-1]
+    assert int(last["skipped_frames"]) == (768 if recipe == "ppo_pmoe" else 240) // 40
+    assert last["skipped_updates"] == "0"
+    assert all("nan" not in value for value in last.values())
