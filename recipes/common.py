@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -125,6 +126,11 @@ def check_config(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
         except (ValueError, TypeError):
             shown = "null" if values[key] is None else values[key]
             raise UsageError(f"{key}={shown}: must be {rules[key].allowed}") from None
+    backend = OmegaConf.select(cfg, "logger.backend")
+    if backend not in (None, "csv") and find_spec(backend) is None:
+        raise UsageError(
+            f"logger.backend={backend}: must be csv or null without the package {backend}: pip install {backend}"
+        )
     on_gpu = str(cfg.device).startswith("cuda")
     refuse(cfg, {"compile.cudagraphs": (cfg.compile.cudagraphs and not on_gpu, f"false with device={cfg.device}")})
 

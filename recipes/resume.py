@@ -65,7 +65,11 @@ def open_run(path: Path) -> tuple[DictConfig, Path]:
     """
     allowed = "the directory of a run, with its config.yaml and checkpoints"
     run, given = (path.parent.parent, path) if path.parent.name == CHECKPOINTS else (path, None)
-    candidates = sorted((run / CHECKPOINTS).glob("checkpoint-*"), reverse=True) if given is None else [given]
+    try:
+        candidates = sorted((run / CHECKPOINTS).glob("checkpoint-*"), reverse=True) if given is None else [given]
+        run.is_dir()
+    except OSError as error:
+        raise UsageError(f"{path}: must be {allowed} ({error.strerror})") from error
     # what a full disk or a copy has left half is still the last one, and is told
     candidates = [found for found in candidates if re.fullmatch(r"checkpoint-\d+", found.name)]
     if not candidates:

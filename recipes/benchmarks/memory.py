@@ -4,13 +4,15 @@
 
 The recipe's own buffer is filled with random transitions of Walker2d's sizes; ``replay_buffer.size`` and the other keys
 may follow. Resident memory is what the process has gained (Linux). The minimum is observation, action, reward, both
-ends and next observation, once each. Saving and loading go through TorchRL's ``Checkpoint``, as in a run.
+ends and next observation, once each. Saving and loading are those of a run: the whole buffer when there is no
+checkpoint yet, then what is new, here :data:`INCREMENT` frames.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +23,6 @@ from time import perf_counter
 
 import torch
 from tensordict import TensorDict
-from torchrl.checkpoint import Checkpoint
 from torchrl.data import TensorDictReplayBuffer
 from tqdm import tqdm
 
@@ -34,8 +35,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rounds import alternate, at_least_one, command_line, place, print_table, stop, write_csv
 
+from torchrl_pmoe.trainers import VerifiedCheckpoint
+
 MIB = 2**20
 CHUNK = 10_000
+INCREMENT = 20_000
+"""Frames between two checkpoints, the recipe's default."""
 
 
 def transitions(frames: int, observation_size: int, action_size: int) -> TensorDict:
@@ -74,17 +79,29 @@ def fill(buffer: TensorDictReplayBuffer, frames: int, observation_size: int, act
 
 
 def saved(buffer: TensorDictReplayBuffer, path: Path) -> float:
-    """Seconds to write a buffer."""
+    """Seconds to write a whole buffer."""
     start = perf_counter()
-    Checkpoint(replay_buffer=buffer).save(path)
+    VerifiedCheckpoint(replay_buffer=buffer).save(path)
     return perf_counter() - start
+
+
+def incremented(buffer: TensorDictReplayBuffer, checkpoint: VerifiedCheckpoint, sizes: tuple[int, int]) -> float:
+    """Seconds to write what is new since the last checkpoint."""
+    before = checkpoint.last
+    assert before is not None
+    buffer.extend(transitions(min(INCREMENT, len(buffer)), *sizes))
+    start = perf_counter()
+    checkpoint.save(before.with_name(f"{before.name}+"))
+    seconds = perf_counter() - start
+    shutil.rmtree(before)
+    return seconds
 
 
 def loaded(cfg: DictConfig, path: Path) -> float:
     """Seconds to read it into an empty one."""
     buffer = sac_pmoe.build_replay_buffer(cfg)
     start = perf_counter()
-    Checkpoint(replay_buffer=buffer).load(path)
+    VerifiedCheckpoint(replay_buffer=buffer).load(path)
     seconds = perf_counter() - start
     assert len(buffer) == cfg.replay_buffer.size
     return seconds
@@ -100,8 +117,14 @@ def measure(cfg: DictConfig, args: argparse.Namespace) -> tuple[dict[str, list[f
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "checkpoint"
         saved(buffer, path)
+        checkpoint = VerifiedCheckpoint(replay_buffer=buffer)
+        checkpoint.save(path.with_name("running"))
         on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        operations = {"save": partial(saved, buffer, path), "load": partial(loaded, cfg, path)}
+        operations = {
+            "save": partial(saved, buffer, path),
+            "save an increment": partial(incremented, buffer, checkpoint, sizes),
+            "load": partial(loaded, cfg, path),
+        }
         seconds = alternate(operations, args.rounds)
     once = {
         "resident memory, MiB": gained / MIB,

@@ -81,9 +81,17 @@ def assert_refused(recipe: ModuleType, override: str, allowed: str) -> None:
     assert "\n" not in line
 
 
+def about_line(printed: str) -> str:
+    """What a run prints before its first frame; after its last there is a line on its checkpoints."""
+    first, last = printed.splitlines()
+    assert re.fullmatch(r"\d+ checkpoints?: [\d.]+ MiB in [\d.]+ s, [\d.]+% of the run's time", last), printed
+    return first
+
+
 def assert_a_line_and_a_progress_bar(done: subprocess.CompletedProcess[str]) -> list[str]:
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"Pendulum-v1: policy .* [\d,]+ parameters.*\n", done.stdout), done.stdout
+    first = about_line(done.stdout)
+    assert re.fullmatch(r"Pendulum-v1: policy .* [\d,]+ parameters.*", first), done.stdout
     bars = [line for line in re.split(r"[\r\n]|\x1b\[A", done.stderr) if line.strip()]
     assert all("frames/s" in line or "?frames" in line or line.startswith("ranking") for line in bars), done.stderr
     return bars

@@ -44,9 +44,9 @@ def pmoe_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
 def test_run_ends_well_and_prints_what_is_trained_and_a_progress_bar(pmoe_run):
     _, done = pmoe_run
     # trunk 64 + 272, experts 17 * 6, router 17 * 3; a critic 80 + 272 + 17
-    assert done.stdout == (
+    assert recipe_runs.about_line(done.stdout) == (
         "Pendulum-v1: policy pmoe of 3 experts, 489 parameters (51 of them the router's); critics 738 parameters; "
-        "1 environment, collector.backend=serial\n"
+        "1 environment, collector.backend=serial"
     )
     bars = assert_a_line_and_a_progress_bar(done)
     assert "return=" in bars[-1]
@@ -126,8 +126,8 @@ TINY = [
 )  # fmt: skip
 def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys):
     recipe_runs.run_here(sac_pmoe, tmp_path, *TINY, *args)
-    assert capsys.readouterr().out == (
-        f"Pendulum-v1: policy {line}; critics 738 parameters; 1 environment, collector.backend=serial\n"
+    assert recipe_runs.about_line(capsys.readouterr().out) == (
+        f"Pendulum-v1: policy {line}; critics 738 parameters; 1 environment, collector.backend=serial"
     )
     table = rows(tmp_path)
     assert [row["frames"] for row in table] == ["20", "40"]
