@@ -80,7 +80,7 @@ def open_run(path: Path) -> tuple[DictConfig, Path]:
         about = read_metadata(checkpoint)
     except CheckpointError as error:
         older = next((found for found in _others(run, checkpoint) if _is_whole(found)), None)
-        offer = "no older one is whole" if older is None else f"an older one is whole: resume={older}"
+        offer = "no older one is whole" if older is None else f"an older one is whole: {older}"
         raise UsageError(f"{path}: must hold a whole checkpoint; {error}; {offer}") from error
     config = OmegaConf.create(about["config"])
     assert isinstance(config, DictConfig)
@@ -149,7 +149,7 @@ def load_components(checkpoint: Path, components: Mapping[str, Any]) -> None:
 def does_not_fit(checkpoint: Path, error: CheckpointError) -> UsageError:
     """The line for a checkpoint that cannot be loaded."""
     reason = " ".join(str(error).split())
-    return UsageError(f"resume={checkpoint}: must be a checkpoint of this run ({reason[:300]})")
+    return UsageError(f"{checkpoint}: must be a checkpoint of this run ({reason[:300]})")
 
 
 # ----------------------------------------------------------------------------------------- going on

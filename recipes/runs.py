@@ -478,7 +478,7 @@ def go_on(cfg: DictConfig, run_dir: Path, trainer: Trainer, checkpoint: Path, *,
     try:
         trainer.load_from_file(checkpoint)
     except CheckpointError as error:
-        raise resume.does_not_fit(checkpoint, error) from error
+        raise UsageError(f"resume={resume.does_not_fit(checkpoint, error)}") from error
     if trainer.collected_frames >= trainer.total_frames and not finished:
         frames = trainer.collected_frames * cfg.total_frames // trainer.total_frames
         raise UsageError(

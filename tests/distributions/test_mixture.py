@@ -96,6 +96,16 @@ def test_low_precision_density_is_the_float64_one_at_the_same_numbers(dtype, dev
     torch.testing.assert_close(actual.double(), expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps * 20)
 
 
+@pytest.mark.parametrize("high", [2.0, 0.1])
+def test_low_precision_density_is_the_float64_one_in_a_shifted_box(high):
+    """Where the action minus the box's middle is no number of that precision."""
+    params = make_params(50, experts=4, dtype=torch.bfloat16)
+    value = (-0.4 + (high + 0.4) * torch.linspace(0.05, 0.95, 100).reshape(50, 2)).bfloat16()
+    expected = tanh_reference(*(x.double() for x in params), -0.4, high).log_prob(value.double())
+    actual = TanhNormalMixture(*params, -0.4, high).log_prob(value)
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-3)
+
+
 def _edges_and_density(cls, params, points):
     """Grid of latent points with the weights of a trapezoid rule, mapped to actions when bounded."""
     latent = torch.linspace(-9, 9, points, dtype=torch.float64)
@@ -198,6 +208,15 @@ def test_a_saturated_action_is_not_rounded_out_of_the_box(dtype, as_tensors):
     actions = torch.cat(modes, -1)
     assert (actions >= low).all()
     assert (actions <= high).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("low", "high"), [*BOUNDS[:4], (0.1, 0.7)])
+def test_the_mean_of_saturated_experts_is_not_rounded_out_of_the_box(low, high, dtype):
+    """Rounded, the weights of experts and of nodes do not sum to one."""
+    logits, loc, scale = make_params(200, dtype=dtype)
+    dist = TanhNormalMixture(logits, 20 * loc, scale, low, high)
+    assert dist.support.check(dist.mean).all()
 
 
 @pytest.mark.parametrize("cls", BOTH)

@@ -287,7 +287,7 @@ def test_a_bad_checkpoint_is_one_line_and_a_whole_older_one_is_offered(damage, w
     line = str(error.value)
     assert "\n" not in line
     assert line.startswith(f"{tmp_path / 'run'}: must hold a whole checkpoint; ")
-    assert line.endswith(f"an older one is whole: resume={older}")
+    assert line.endswith(f"an older one is whole: {older}")
     assert snapshot(tmp_path) == before
     assert resume.open_run(older)[1] == older
 
