@@ -86,7 +86,7 @@ RULES: dict[str, Rule] = {
     "optim.weight_decay": number(at_least=0),
     "optim.adam_eps": number(above=0),
     "optim.gamma": number(at_least=0, at_most=1),
-    "optim.num_threads": either(integer(1, 1024), None),
+    "optim.num_threads": either(integer(1, 256), None),
     "compile.enabled": either(flag(), None),
     "compile.cudagraphs": flag(),
     "collector.num_envs": integer(1, 2**20),
@@ -255,9 +255,9 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except UsageError as error:
+    except (UsageError, OmegaConfBaseException) as error:
         remove_empty(Path(HydraConfig.get().runtime.output_dir))
-        _stop(f"error: {error}", 2)
+        _stop(f"error: {' '.join(str(error).split())}", 2)
     except (MemoryError, OverflowError, torch.OutOfMemoryError):
         _stop(f"error: {_TOO_MUCH}", 1)
     except (NonFiniteError, RunError) as error:
@@ -309,6 +309,10 @@ def remove_empty(path: Path) -> None:
         sweep = Path(HydraConfig.get().sweep.dir).absolute()
         if all(found.name == "multirun.yaml" or found == path.absolute() for found in sweep.iterdir()):
             (sweep / "multirun.yaml").unlink(missing_ok=True)
+    if HydraConfig.get().output_subdir is not None:
+        for name in ("config", "hydra", "overrides"):
+            (path / HydraConfig.get().output_subdir / f"{name}.yaml").unlink(missing_ok=True)
+        made.insert(0, path / HydraConfig.get().output_subdir)
     for directory in made:
         if directory.name != ".." and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()

@@ -281,7 +281,8 @@ def build_collector(
         policy,
         frames_per_batch=frames_per_batch,
         total_frames=-1,
-        init_random_frames=init_random_frames,
+        # whole batches, as the collector makes of it with a warning
+        init_random_frames=-(-init_random_frames // frames_per_batch) * frames_per_batch,
         policy_device=cfg.device,
         # frames stay where the environments make them: with mjx on a GPU, nothing passes through the host
         env_device=env.device or "cpu",

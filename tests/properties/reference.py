@@ -58,14 +58,14 @@ def density(dist: NormalMixture, value: Tensor) -> Density:
         limit = 1.0 - torch.finfo(value.dtype).eps / 2
         inside = lambda y: y.clamp(-limit, limit)
         y = (x - middle) / half
-        rounding = STEPS * (own * middle.abs() / half + own * y.abs() + eps)
+        rounding = 2 * own * (middle.abs() / half + y.abs()) + STEPS * eps
         resolved = (y.abs() + rounding < limit).all(-1)
         y = inside(y)
         latent = y.atanh()
         moved = torch.maximum(inside(y + rounding).atanh() - latent, latent - inside(y - rounding).atanh())
         moved = moved + STEPS * eps * latent.abs()
         log_slope = (half * (1 - y) * (1 + y)).log()
-        slope_error = 2 * moved + STEPS * (eps * (1 + latent.abs() + half.log().abs()) + own)
+        slope_error = 2 * moved + STEPS * eps * (1 + latent.abs() + half.log().abs()) + own
     normal = D.Normal(loc, scale)
     z = (latent.unsqueeze(-2) - loc) / scale
     shift = moved.unsqueeze(-2) / scale

@@ -255,9 +255,8 @@ class Setup:
                 value_target=keys["value_target"],
             )
             return found
-        found = KINDS[self.kind](actor, critic, alpha_init=TEMPERATURE, scalar_output_mode="exclude", **options).to(
-            self.dtype
-        )
+        options = {"alpha_init": TEMPERATURE, "scalar_output_mode": "exclude", **options}
+        found = KINDS[self.kind](actor, critic, **options).to(self.dtype)
         found.make_value_estimator(gamma=0.9)
         found.set_keys(**renamed, priority=keys["priority"], priority_weight=keys["priority_weight"])
         return found
