@@ -309,10 +309,10 @@ def remove_empty(path: Path) -> None:
         sweep = Path(HydraConfig.get().sweep.dir).absolute()
         if all(found.name == "multirun.yaml" or found == path.absolute() for found in sweep.iterdir()):
             (sweep / "multirun.yaml").unlink(missing_ok=True)
-    if HydraConfig.get().output_subdir is not None:
+    if (notes := HydraConfig.get().output_subdir) is not None:
         for name in ("config", "hydra", "overrides"):
-            (path / HydraConfig.get().output_subdir / f"{name}.yaml").unlink(missing_ok=True)
-        made.insert(0, path / HydraConfig.get().output_subdir)
+            (path / notes / f"{name}.yaml").unlink(missing_ok=True)
+        made.insert(0, path / notes)
     for directory in made:
         if directory.name != ".." and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()

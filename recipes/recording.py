@@ -100,8 +100,7 @@ class RunRecorder:
         if not self.path.is_file():
             return
         rows = read_rows(self.path)
-        # a torn row lacks its last cells, which csv gives as None
-        whole = [row for row in rows if None not in row.values() and row.get("frames", "").isdigit()]
+        whole = [row for row in rows if _is_whole(row)]
         kept = [row for row in whole if int(row["frames"]) <= frames]
         if not kept:
             return
@@ -149,9 +148,17 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
+def _is_whole(row: dict[str, str]) -> bool:
+    """Whether every cell is there (csv gives None for the last ones of a torn row), and a number or empty."""
+    try:
+        return row["frames"].isdigit() and all(float(value or "nan") is not None for value in row.values())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a ``metrics.csv`` as they stand there."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return list(csv.DictReader(file))
 
 

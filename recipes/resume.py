@@ -15,6 +15,7 @@ import common
 from common import Interrupted, UsageError, one_line_errors, prepare_torch, remove_empty
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.trainers import Trainer
 from yaml import YAMLError
@@ -82,8 +83,7 @@ def open_run(path: Path) -> tuple[DictConfig, Path]:
         older = next((found for found in _others(run, checkpoint) if _is_whole(found)), None)
         offer = "no older one is whole" if older is None else f"an older one is whole: {older}"
         raise UsageError(f"{path}: must hold a whole checkpoint; {error}; {offer}") from error
-    config = OmegaConf.create(about["config"])
-    assert isinstance(config, DictConfig)
+    config = about["config"]
     _refuse_other_config(run, checkpoint, config)
     return config, checkpoint
 
@@ -96,11 +96,18 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     """
     if (checkpoint / "manifest.json").is_file() and not (checkpoint / "SHA256SUMS").is_file():
         raise CheckpointError(f"{checkpoint.name} has no SHA256SUMS: it was written by an older version, or in part")
-    about = VerifiedCheckpoint.verify(checkpoint)["metadata"].get(_ABOUT)
+    metadata = VerifiedCheckpoint.verify(checkpoint).get("metadata")
+    about = metadata.get(_ABOUT) if isinstance(metadata, dict) else None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
         raise CheckpointError(f"{checkpoint.name} is of format {found}, this version reads {FORMAT}")
-    return about
+    try:
+        config = OmegaConf.create(about["config"]) if isinstance(about.get("config"), dict) else None
+    except (OmegaConfBaseException, RecursionError):
+        config = None
+    if not config:
+        raise CheckpointError(f"{checkpoint.name} has no config that can be read")
+    return {**about, "config": config}
 
 
 def _others(run: Path, checkpoint: Path) -> list[Path]:
@@ -122,7 +129,7 @@ def _refuse_other_config(run: Path, checkpoint: Path, config: DictConfig) -> Non
     try:
         there = OmegaConf.load(run / "config.yaml")
         flat = dict(common.leaves(there)) if isinstance(there, DictConfig) else None
-    except (OSError, ValueError, YAMLError, UsageError):
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError, UsageError):
         flat = None
     if flat is None:
         raise UsageError(f"{run}: must hold the run's config.yaml, which is missing or damaged")

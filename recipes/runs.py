@@ -374,8 +374,9 @@ def finish_on_signal(trainer: Trainer) -> Iterator[list[int]]:
         if len(received) > 1 and callable(usual):
             usual(number, frame)
         trainer.request_stop(signal.Signals(number).name)
-        # the interpreter may be printing just now
-        os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
+        # the interpreter may be printing just now, and whoever reads that may have ended by the same signal
+        with suppress(OSError):
+            os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
 
     for number, usual in before.items():
         if usual is not signal.SIG_IGN:
@@ -468,6 +469,8 @@ def train_and_record(
     bar.register(trainer)
     with closing(bar), closing(evaluator):
         run_to_the_end(trainer, run_dir, recorder.plot)
+    if cfg.on_nonfinite == "skip":
+        print(f"left out: {trainer._modules['finite_batch'].skipped} frames, {stepper.skipped} updates")
 
 
 def go_on(cfg: DictConfig, run_dir: Path, trainer: Trainer, checkpoint: Path, *, finished: bool = False) -> None:

@@ -41,6 +41,7 @@ def refuse(cfg: DictConfig) -> None:
             "replay_buffer.scratch_dir": (cfg.replay_buffer.scratch_dir is not None, f"null {several}"),
             "acting": (cfg.acting == "best_of_experts", f"policy {several}"),
             "optim.router_lr": (cfg.optim.router_lr is not None, f"null {several}"),
+            "on_nonfinite": (cfg.on_nonfinite == "skip", f"stop {several}"),
             "logger.backend": (cfg.logger.backend is not None, f"null {several}; every seed has its metrics.csv"),
             "collector.backend": (cfg.collector.backend == "parallel", f"serial, envpool or mjx {several}"),
         },
@@ -200,6 +201,7 @@ class Observer:
 
     def __call__(self, frames: int) -> None:
         """Evaluate all agents after ``frames`` frames of all of them."""
+        self.trainer.optimization_stepper.check()
         self.loss.write_back()
         means = self.trainer.optimization_stepper.means_by_element()
         # the clocks of all stand still while one is evaluated

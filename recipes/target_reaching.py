@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import common
 import hydra
@@ -28,6 +29,7 @@ import torch
 from common import UsageError
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rules import Rule, choice, integer
 from tensordict import TensorDict
 from torch import Tensor
@@ -267,13 +269,19 @@ def finished(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: 
     """
     if not (run_dir / "episodes.npz").is_file():
         return False
-    before = OmegaConf.load(run_dir / "config.yaml")
+    try:
+        before = OmegaConf.load(run_dir / "config.yaml")
+        with np.load(run_dir / "episodes.npz") as record:
+            had = {"episodes": len(record["stochastic_success"]), "exploration_frames": len(record["visited"])}
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile, YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(
+            f"{run_dir}: must hold config.yaml and episodes.npz as they were written, one is damaged; "
+            "without episodes.npz it is made again"
+        ) from error
     for key in RULES:
         then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
         if then != now and not key.startswith(("resume", "device", *MAY_CHANGE)):
             raise UsageError(f"{key}={now}: must be {then} in {run_dir.parent}, where {run_dir.name} had that")
-    with np.load(run_dir / "episodes.npz") as record:
-        had = {"episodes": len(record["stochastic_success"]), "exploration_frames": len(record["visited"])}
     for key, now in (("episodes", episodes), ("exploration_frames", exploration_frames)):
         if had[key] != now:
             raise UsageError(f"{key}={now}: must be {had[key]} in {run_dir.parent}, where {run_dir.name} had that")
@@ -336,8 +344,8 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
         UsageError: where there is none, or a key was given that must stay.
     """
     try:
-        old = OmegaConf.load(Path(cfg.resume) / "config.yaml")
-    except (OSError, ValueError, YAMLError):
+        old = OmegaConf.load(Path(str(cfg.resume)) / "config.yaml")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError):
         old = None
     if not isinstance(old, DictConfig) or "policies" not in old:
         raise UsageError(

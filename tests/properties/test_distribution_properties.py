@@ -183,7 +183,7 @@ def test_every_method_has_the_shape_it_promises(recipe, sample_shape):
     assert dist.entropy().shape == recipe.batch
 
 
-@given(recipes(bounded=True))
+@given(recipes(bounded=True, mild=False))
 def test_no_action_leaves_the_box(recipe):
     dist = recipe.dist()
     low, high = (torch.as_tensor(x, dtype=recipe.dtype) for x in (dist.low, dist.high))
@@ -288,10 +288,10 @@ def test_the_mode_is_the_squashed_loc_of_the_likeliest_expert(recipe):
 
 
 @given(
-    recipes(dtypes=EXACT, bounded=True, mild=True),
+    recipes(dtypes=EXACT, batch=st.just((20,)), bounded=True, mild=True),
     st.sampled_from([(2.0, 2e-5), (7.0, 2e-2)]),
     st.floats(0, 10),
-    st.floats(1e-3, 1),
+    st.just(1.0) | st.floats(1e-3, 1),
 )
 def test_the_mean_is_as_close_to_the_integral_as_documented(recipe, claim, stretch, share):
     largest, error = claim

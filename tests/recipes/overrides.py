@@ -236,7 +236,7 @@ def tame_values(recipe: str, key: str) -> list[str]:
     """Values that leave a run a short one, or that no run is made with."""
     if key in SLOW or key in SPECIAL:
         return SLOW.get(key) or SPECIAL[key]
-    names = re.findall(r"[\w/-]+", RULES[recipe][key].allowed)
+    names = re.findall(r"[a-z]\w*", RULES[recipe][key].allowed)
     return [text for text in dict.fromkeys((*TAME, *names)) if not refuses(recipe, key, text)]
 
 
@@ -566,7 +566,7 @@ def _faults_of_success(outcome: Outcome) -> Iterator[str]:
     if outcome.command.informs:
         if not outcome.stdout.strip():
             yield "says nothing"
-    elif not any(path.stat().st_size for path in outcome.home.rglob("metrics.csv")):
+    elif not _trained(outcome):
         yield "leaves no metrics.csv"
 
 
@@ -575,10 +575,16 @@ def _faults_of_refusal(outcome: Outcome) -> Iterator[str]:
         yield f"prints {len(outcome.said)} lines on stderr, not one"
     elif not outcome.said[0].startswith("error: "):
         yield "prints a line that does not begin with error:"
-    if outcome.status == 2:
-        if outcome.stdout.strip() and not {"-m", "hydra.mode=MULTIRUN"} & set(outcome.command.args):
+    # the runs of a sweep before the one that is refused, and the config itself, were asked for
+    if outcome.status == 2 and not _trained(outcome):
+        if outcome.stdout.strip():
             yield "prints on stdout before it refuses the config"
-        yield from (f"leaves {name} though it refuses the config" for name in _names(outcome.home / "cwd"))
+        if not any("output_subdir" in argument for argument in outcome.command.args):
+            yield from (f"leaves {name} though it refuses the config" for name in _names(outcome.home / "cwd"))
+
+
+def _trained(outcome: Outcome) -> bool:
+    return any(path.stat().st_size for path in outcome.home.rglob("metrics.csv"))
 
 
 def _names(directory: Path) -> list[str]:

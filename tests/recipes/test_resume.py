@@ -20,6 +20,8 @@ import recipe_runs
 import torch
 from recipe_runs import RECIPES, assert_one_line, common, start, timeless_rows
 
+from recording import RunRecorder  # isort: skip
+
 import dac  # isort: skip
 import ppo_pmoe  # isort: skip
 import resume  # isort: skip
@@ -89,6 +91,24 @@ def test_an_interrupted_run_ends_with_the_metrics_of_one_that_was_left_alone(rec
     torch.manual_seed(99)  # what another process would have
     go_on_here(recipe, tmp_path / "half")
     assert timeless_rows(tmp_path / "half") == timeless_rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("recipe", "small"), [(sac_pmoe, SAC), (ppo_pmoe, PPO)], ids=["sac", "ppo"])
+@pytest.mark.parametrize("change", [("stop", "skip"), ("skip", "stop")], ids="-".join)
+def test_a_run_goes_on_with_another_word_on_bad_numbers(recipe, small, change, tmp_path):
+    """Where there are none, that changes nothing but the columns that count them."""
+    before, after = change
+    recipe_runs.run_here(recipe, tmp_path / "whole", *small, f"on_nonfinite={before}")
+    interrupted_copy(tmp_path / "whole", tmp_path / "half", 384 if recipe is ppo_pmoe else 150)
+    cfg, checkpoint = resume.open_run(tmp_path / "half")
+    cfg.resume, cfg.on_nonfinite = str(checkpoint), after
+    recipe.resolve_config(cfg)
+    recipe.train(cfg, tmp_path / "half")
+    found, expected = (
+        [{key: value for key, value in row.items() if "skipped" not in key} for row in timeless_rows(tmp_path / run)]
+        for run in ("half", "whole")
+    )
+    assert found == expected
 
 
 def test_several_seeds_at_once_go_on(tmp_path):
@@ -274,6 +294,60 @@ BAD = {
     "older format": (older_format, "is of format 1, this version reads 2"),
     "foreign": (lambda c: (shutil.rmtree(c), c.mkdir()), "is no checkpoint of this package"),
 }
+
+
+ODD = [
+    lambda manifest: manifest.update(metadata=[1]),
+    lambda manifest: manifest.pop("metadata"),
+    lambda manifest: manifest["metadata"]["torchrl_pmoe"].pop("config"),
+    lambda manifest: manifest["metadata"]["torchrl_pmoe"].update(config=[1, 2]),
+    lambda manifest: manifest["metadata"]["torchrl_pmoe"].update(config=None),
+    lambda manifest: manifest["metadata"]["torchrl_pmoe"].update(config={}),
+    lambda manifest: manifest["metadata"].update(torchrl_pmoe="${"),
+    lambda manifest: manifest["metadata"]["torchrl_pmoe"].update(config={"env": "${"}),
+    lambda manifest: manifest.update(components={"a": 3}),
+]
+
+
+@pytest.mark.parametrize("change", ODD)
+def test_a_manifest_with_odd_content_is_one_line_whatever_its_checksum(change, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    reseal(checkpoints(tmp_path / "run")[-1], change)
+    with pytest.raises(common.UsageError, match=r"must hold a whole checkpoint; [^\n]*an older one is whole"):
+        resume.open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["a: ${", "[" * 3000, "\xff\xfe", "", "- 1"])
+def test_a_config_that_cannot_be_read_is_one_line(text, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(common.UsageError, match=r"config\.yaml") as error:
+        resume.open_run(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipe_in_a_checkpoint_does_not_hang(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    state = next(checkpoints(tmp_path / "run")[-1].glob("*/*rng/state.pt"))
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(common.UsageError, match=r"rng/state\.pt is missing"):
+        resume.open_run(tmp_path / "run")
+
+
+def test_bytes_that_are_no_text_are_dropped_from_a_record_that_goes_on(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"frames,return_mean\n10,1.5\n20,\xff\xfe\n30,2.5\n")
+    recorder = RunRecorder(tmp_path, "title")
+    recorder.resume(100)
+    assert [row["frames"] for row in recipe_runs.rows(tmp_path)] == ["10", "30"]
+
+
+@pytest.mark.parametrize("value", ["5", "nowhere"])
+def test_target_reaching_refuses_what_is_no_experiment(value, tmp_path):
+    assert_one_line(
+        start("target_reaching", f"resume={value}", directory=tmp_path),
+        f"resume={value}: must be the directory of a run",
+    )
 
 
 @pytest.mark.parametrize(("damage", "why"), BAD.values(), ids=list(BAD))

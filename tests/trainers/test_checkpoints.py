@@ -91,6 +91,18 @@ def test_only_new_rows_are_written_and_old_ones_are_the_same_file(tmp_path):
     assert third.keys() == {f"rows-{start:015d}-{stop:015d}.npz" for start, stop in ((60, 65), (65, 160))}
 
 
+def test_what_is_shared_with_the_checkpoint_that_was_loaded_is_not_counted_again(tmp_path):
+    buffer, other = make_buffer(10_000), make_buffer(10_000)
+    buffer.extend(rows(0, 5000))
+    first = VerifiedCheckpoint(replay_buffer=buffer).save(tmp_path / "first")
+    resumed, sizes = VerifiedCheckpoint(replay_buffer=other), []
+    resumed.on_saved = lambda path, seconds, size: sizes.append(size)
+    resumed.load(first)
+    other.extend(rows(5000, 10))
+    resumed.save(tmp_path / "second")
+    assert sizes[0] < sum(file.stat().st_size for file in row_files(first).values()) / 2
+
+
 def test_files_are_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
     def none(source, target):
         raise OSError(95, "Operation not supported")

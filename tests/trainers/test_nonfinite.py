@@ -248,7 +248,7 @@ def test_a_hundred_bad_updates_in_a_row_stop_a_run_that_skips():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         found = train(endless, "skip", name="SACLoss, Gaussian")
-    assert "as in all of the last 100" in str(found[3])
+    assert "as in 100 one after the other" in str(found[3])
     assert found[2].updates == 101
 
 

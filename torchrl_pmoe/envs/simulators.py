@@ -16,6 +16,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
+from torchrl_pmoe.envs.finite import FiniteSteps
 from torchrl_pmoe.envs.target_reaching import TargetReachingEnv
 
 __all__ = ["EpisodeState", "SimulatorState", "generator_state", "load_generator_state"]
@@ -122,8 +123,10 @@ class EpisodeState:
             self.collector.reset()
             return
         carrier = self.collector._carrier
-        carried = TensorDict(state_dict["carried"], carrier.batch_size, device=carrier.device)
-        self.collector._carrier = carried.unflatten_keys("/")
+        carried = TensorDict(state_dict["carried"], carrier.batch_size, device=carrier.device).unflatten_keys("/")
+        # a run may get or lose the mark of bad steps on its way
+        known = carried.select(*carrier.keys(True, True), strict=False)
+        self.collector._carrier = carrier.clone().update(known)
 
 
 def generator_state(env: gymnasium.Env) -> str:
@@ -171,9 +174,13 @@ def _load_state(part: gymnasium.Env | BatchedTargetReachingEnv, state: dict[str,
 
 
 def _layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
-    """The environment and what is wrapped in it, outermost first."""
+    """The environment and what is wrapped in it, outermost first.
+
+    Without :class:`FiniteSteps`, which a run may get or lose on its way: it keeps no more than the last observation.
+    """
     while isinstance(env, gymnasium.Wrapper):
-        yield env
+        if not isinstance(env, FiniteSteps):
+            yield env
         env = env.env
     yield env
 

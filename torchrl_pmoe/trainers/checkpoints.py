@@ -66,6 +66,9 @@ class VerifiedCheckpoint(Checkpoint):
     def save(self, path: str | Path, **kwargs: Any) -> Path:
         """Save the components as a directory, which appears when it is complete and on the disk.
 
+        One that is there already is moved aside for that moment: only for a new ``path`` is there none without a
+        whole checkpoint.
+
         Raises:
             CheckpointError: where the disk is full or cannot be written; what was there stays.
         """
@@ -79,7 +82,12 @@ class VerifiedCheckpoint(Checkpoint):
             new = self._seal(staged)
             if destination.exists():
                 os.replace(destination, aside)
-            os.replace(staged, destination)
+            try:
+                os.replace(staged, destination)
+            except OSError:
+                if aside.exists():
+                    os.replace(aside, destination)
+                raise
             _flush(destination.parent)
             shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
@@ -99,6 +107,8 @@ class VerifiedCheckpoint(Checkpoint):
         self.verify(path)
         loaded = super().load(path, **kwargs)
         self.last = Path(path).expanduser().absolute()
+        # what the next checkpoint links from here is neither read nor counted again
+        self._sums = {_identity(self.last / name): digest for name, digest in _read_sums(self.last / SUMS)}
         return loaded
 
     @classmethod
@@ -120,14 +130,18 @@ class VerifiedCheckpoint(Checkpoint):
             if name not in listed:
                 raise CheckpointError(f"{root.name}: {SUMS} is damaged, {name} is not in it")
             file = root / name
-            if name not in found or file.is_symlink():
+            if name not in found or file.is_symlink() or not file.is_file():
                 raise CheckpointError(f"{root.name}: {name} is missing")
-            if _digest(file) != listed[name]:
-                how = "empty" if not file.stat().st_size else "damaged (its SHA-256 is another)"
+            try:
+                digest, empty = _digest(file), not file.stat().st_size
+            except OSError as error:
+                raise CheckpointError(f"{root.name}: {name} cannot be read ({error.strerror})") from error
+            if digest != listed[name]:
+                how = "empty" if empty else "damaged (its SHA-256 is another)"
                 raise CheckpointError(f"{root.name}: {name} is {how}")
         try:
             manifest = cls.manifest(root)
-        except (OSError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{root.name}: manifest.json cannot be read") from error
         held = {f"{record['path']}/{file}" for record in manifest["components"].values() for file in record["files"]}
         if held != set(listed) - {"manifest.json"}:
@@ -138,13 +152,12 @@ class VerifiedCheckpoint(Checkpoint):
         """List the files with their checksums and flush them; bytes of those that are new."""
         lines, size, known = [], 0, {}
         for file in sorted(file for file in root.rglob("*") if file.is_file()):
-            stat = file.stat()
-            identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            identity = _identity(file)
             digest = self._sums.get(identity)
             if digest is None:
                 digest = _digest(file)
                 _flush(file)
-                size += stat.st_size
+                size += file.stat().st_size
             known[identity] = digest
             lines.append(f"{digest}  {file.relative_to(root).as_posix()}\n")
         self._sums = known
@@ -312,6 +325,12 @@ def _digest(file: Path) -> str:
         while chunk := opened.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _identity(file: Path) -> tuple[int, int, int, int]:
+    """The same for every hard link of a file that has not changed."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _link(source: Path, target: Path) -> bool:

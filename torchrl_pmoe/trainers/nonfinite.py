@@ -135,7 +135,13 @@ class FiniteBatch(TrainerHookBase):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """How many frames there were, how many were left out, and the last good one."""
+        """How many frames there were, how many were left out, and the last good one.
+
+        Raises:
+            NonFiniteError: for bad frames on a GPU that nobody has looked at yet; a checkpoint would hide them.
+        """
+        if self._bad is not None:
+            self._look(self._looked_at)
         good = {} if self._good is None else self._good.flatten_keys("/").to_dict()
         return {"frames": self._frames, "skipped": self.skipped, "in_a_row": int(self._in_a_row), "good": good}
 

@@ -100,6 +100,7 @@ class FusedOptimizationStepper(OptimizationStepper):
         self._judged: list[str] = []
         self._skipped: int | Tensor = 0
         self._in_a_row: int | Tensor = 0
+        self._longest: int | Tensor = 0
         self._warned = False
 
     # ------------------------------------------------------------------------------------------- the update
@@ -190,6 +191,8 @@ class FusedOptimizationStepper(OptimizationStepper):
             # a capture cannot ask the host: `_make_capturable` has seen to it that the optimiser is fused
             if not bad[-1]:
                 self._step_within_norm(trainer)
+            elif bad.device.type != "cpu" and self.on_nonfinite == "stop":
+                self._complain(bad.tolist(), self.updates, "")
         else:
             # as PyTorch's GradScaler does: a fused optimiser leaves the update out by itself
             optimizer.grad_scale, optimizer.found_inf = None, self._leave_out(bad[-1])
@@ -267,6 +270,7 @@ class FusedOptimizationStepper(OptimizationStepper):
             self._first = (torch.where(new, bad, before), torch.where(new, self.updates, number))
         self._skipped = self._skipped + every.long()
         self._in_a_row = (self._in_a_row + every.long()) * every
+        self._longest = torch.maximum(torch.as_tensor(self._longest, device=every.device), self._in_a_row)
 
     def check(self) -> None:
         """Look at what updates on a GPU have left.
@@ -278,15 +282,15 @@ class FusedOptimizationStepper(OptimizationStepper):
             bad, number = self._first[0].tolist(), int(self._first[1])
             if bad[-1]:
                 self._complain(bad, number, "")
-                self._first = None
+                self._first, self._longest = None, 0
 
     def _complain(self, bad: list[bool], update: int, where: str) -> None:
         names = [key for key, is_bad in zip([*self._judged, "a gradient"], bad[:-1], strict=True) if is_bad]
         line = f"{' and '.join(names)} became NaN or infinite in update {update}{where}"
         if self.on_nonfinite == "stop":
             raise NonFiniteError(f"{line}: the run stops here")
-        if int(self._in_a_row) >= BAD_IN_A_ROW:
-            raise NonFiniteError(f"{line}, as in all of the last {BAD_IN_A_ROW}: the run stops here")
+        if max(int(self._longest), int(self._in_a_row)) >= BAD_IN_A_ROW:
+            raise NonFiniteError(f"{line}, as in {BAD_IN_A_ROW} one after the other: the run stops here")
         if not self._warned:
             self._warned = True
             warnings.warn(f"{line}: that update was left out, and so will others be.", stacklevel=2)
@@ -325,7 +329,12 @@ class FusedOptimizationStepper(OptimizationStepper):
         self._sums, self._count = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The means so far, and what was counted."""
+        """The means so far, and what was counted.
+
+        Raises:
+            NonFiniteError: as :meth:`check`.
+        """
+        self.check()
         return {
             "keys": list(self._keys),
             "sums": self._sums,
