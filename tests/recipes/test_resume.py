@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_target_reaching_goes_on_with_each_of_its_trainings(tmp_path):
 # --------------------------------------------------------------------------------------------- signals
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -178,8 +179,9 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.005)
 
 
+@contextmanager
 def in_background(recipe, *args, directory):
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(RECIPES / f"{recipe}.py"), *args],
         cwd=directory,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -188,6 +190,12 @@ def in_background(recipe, *args, directory):
         text=True,
         start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 ENDLESS = ["total_frames=1e6", "compile.enabled=false", "logger.progress_bar=false", "checkpoint.keep=2"]
@@ -196,10 +204,10 @@ ENDLESS = ["total_frames=1e6", "compile.enabled=false", "logger.progress_bar=fal
 @pytest.mark.parametrize(("recipe", "number"), [("sac_pmoe", signal.SIGINT), ("ppo_pmoe", signal.SIGTERM)])
 def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(recipe, number, tmp_path):
     small = SAC if recipe == "sac_pmoe" else PPO
-    process = in_background(recipe, *small, *ENDLESS, "hydra.run.dir=run", directory=tmp_path)
-    wait_for(lambda: checkpoints(tmp_path / "run"), process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    with in_background(recipe, *small, *ENDLESS, "hydra.run.dir=run", directory=tmp_path) as process:
+        wait_for(lambda: checkpoints(tmp_path / "run"), process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     told, last = err.strip().splitlines()
     assert told.startswith("stopping: this batch is finished and a checkpoint written")
@@ -215,17 +223,16 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(recipe, number, tmp_
 
 
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(tmp_path):
-    process = in_background(
-        "sac_pmoe", *SAC, *ENDLESS, "checkpoint.interval=1", "hydra.run.dir=run", directory=tmp_path
-    )
     run = tmp_path / "run"
 
     def writing():
         return len(checkpoints(run)) >= 2 and list((run / "checkpoints").glob(".checkpoint-*partial"))
 
-    wait_for(writing, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    every = [*SAC, *ENDLESS, "checkpoint.interval=1", "hydra.run.dir=run"]
+    with in_background("sac_pmoe", *every, directory=tmp_path) as process:
+        wait_for(writing, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     _, newest = resume.open_run(run)
     assert newest == checkpoints(run)[-1]
     frame = frames_of(newest)
