@@ -189,6 +189,8 @@ def in_background(recipe, *args, directory):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell in the background has its children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
