@@ -100,6 +100,9 @@ class RunRecorder:
         if not self.path.is_file():
             return
         rows = read_rows(self.path)
+        if not self.path.read_bytes().endswith(b"\n"):
+            # torn: its last number may lack digits
+            rows = rows[:-1]
         whole = [row for row in rows if _is_whole(row)]
         kept = [row for row in whole if int(row["frames"]) <= frames]
         if not kept:
@@ -151,15 +154,18 @@ def _cell(value: float | None) -> str:
 def _is_whole(row: dict[str, str]) -> bool:
     """Whether every cell is there (csv gives None for the last ones of a torn row), and a number or empty."""
     try:
-        return row["frames"].isdigit() and all(float(value or "nan") is not None for value in row.values())
-    except (AttributeError, KeyError, TypeError, ValueError):
+        for value in row.values():
+            float("nan" if value == "" else value)
+        return row["frames"].isdigit()
+    except (KeyError, TypeError, ValueError):
         return False
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a ``metrics.csv`` as they stand there."""
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file))
+        # before Python 3.11, csv refuses a file with a zero byte, as a loss of power leaves them
+        return list(csv.DictReader(line.replace("\0", "\ufffd") for line in file))
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:

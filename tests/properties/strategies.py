@@ -28,6 +28,11 @@ numbers = st.floats() | st.sampled_from([0.0, 1.0, -1.0, float("nan"), float("in
 costly = settings(max_examples=2 * settings.default.max_examples // 5)
 
 
+def reseed(seed: int) -> None:
+    # torch.manual_seed queues a seed for CUDA as well, which takes longer than the draws
+    torch.default_generator.manual_seed(seed)
+
+
 def shapes(max_dims: int = 3, smallest: int = 0) -> st.SearchStrategy[tuple[int, ...]]:
     return st.lists(st.integers(smallest, 3), max_size=max_dims).map(tuple)
 
@@ -109,7 +114,7 @@ class Recipe:
         return self.cls(*(self.params() if params is None else params), **self.bounds, **options)
 
     def reseed(self) -> None:
-        torch.manual_seed(self.seed)
+        reseed(self.seed)
 
     def points(self, dist: NormalMixture) -> Tensor:
         """Values ``[N, *B, A]``: draws, others from all over the support, its edges and what lies beyond."""
@@ -210,7 +215,7 @@ class Setup:
     seed: int
 
     def reseed(self) -> None:
-        torch.manual_seed(self.seed)
+        reseed(self.seed)
 
     def network(self) -> nn.Module:
         self.reseed()
@@ -282,7 +287,7 @@ class Setup:
         return batch
 
     def outputs(self, loss: nn.Module, batch: TensorDict) -> TensorDict:
-        torch.manual_seed(self.seed + 1)
+        reseed(self.seed + 1)
         return loss(batch.copy())
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from properties.reference import assert_within, density
-from properties.strategies import DTYPES, Box, boxes, nested_keys, numbers, seeds, shapes, spec_at
+from properties.strategies import DTYPES, Box, boxes, nested_keys, numbers, reseed, seeds, shapes, spec_at
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, set_interaction_type
 from torch import nn
@@ -41,7 +41,7 @@ class Policy:
         return [f"observation{i}" for i in range(len(self.inputs))]
 
     def actor(self, *, in_keys=None, action_key="action", lazy=False, **kwargs):
-        torch.manual_seed(self.seed)
+        reseed(self.seed)
         if self.box is None:
             spec, kind = Unbounded((self.size,), dtype=self.dtype), NormalMixture
         else:
@@ -59,14 +59,14 @@ class Policy:
         ).to(self.dtype)
 
     def states(self, keys=None):
-        torch.manual_seed(self.seed + 1)
+        reseed(self.seed + 1)
         found = TensorDict({}, batch_size=self.batch)
         for key, size in zip(keys or self.names(), self.inputs, strict=True):
             found[key] = torch.randn(*self.batch, size, dtype=self.dtype)
         return found
 
     def act(self, actor, states, exploration=InteractionType.RANDOM):
-        torch.manual_seed(self.seed + 2)
+        reseed(self.seed + 2)
         with set_interaction_type(exploration):
             return actor(states)
 
@@ -235,7 +235,7 @@ def test_router_and_experts_own_what_their_names_say(policy):
 
 @given(st.integers(1, 6), st.integers(1, 5), shapes(), st.sampled_from(DTYPES), st.sampled_from([0.0, 0.2, 0.9]), seeds)
 def test_the_extractor_takes_features_apart_and_keeps_every_expert_above_the_floor(k, a, batch, dtype, floor, seed):
-    torch.manual_seed(seed)
+    reseed(seed)
     parts = [torch.randn(*batch, k), torch.randn(*batch, k, a), torch.randn(*batch, k, a)]
     parts = [(10 * x).to(dtype) for x in parts]
     features = torch.cat((parts[0], parts[1].flatten(-2), parts[2].flatten(-2)), -1)

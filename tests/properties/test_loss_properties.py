@@ -22,6 +22,7 @@ from properties.strategies import (
     costly,
     nested_keys,
     numbers,
+    reseed,
     setups,
 )
 from torch import nn
@@ -342,7 +343,7 @@ def test_names_and_nesting_of_the_keys_change_nothing(setup, data):
         assert torch.equal(ours[key], value), key
     assert {keys["observation"], keys["action"]} <= set(loss.in_keys)
     if setup.kind != "ppo":
-        torch.manual_seed(setup.seed)
+        reseed(setup.seed)
         loss(batch)
         assert batch.get(keys["priority"]).shape == setup.batch
 
