@@ -314,6 +314,9 @@ def remove_empty(path: Path) -> None:
             (path / notes / f"{name}.yaml").unlink(missing_ok=True)
         made.insert(0, path / notes)
     for directory in made:
+        # hydra.run.dir=. names the user's own directory, which was there before
+        if directory.resolve() == top.resolve():
+            continue
         if directory.name != ".." and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
 

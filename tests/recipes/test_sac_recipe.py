@@ -306,3 +306,11 @@ def test_nan_from_the_environment_stops_the_run_and_leaves_the_checkpoint_whole(
     assert checkpoints
     # the environment goes bad at frame 330: the last checkpoint is the one of frame 200
     assert any("200" in path.name for path in checkpoints)
+
+
+@pytest.mark.parametrize("where", [".", "x/.."])
+def test_a_refused_run_leaves_the_users_own_directory(where, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = start("num_experts=0", f"hydra.run.dir={where}", directory=tmp_path / "empty")
+    assert_one_line(done, "num_experts=0: must be ")
+    assert (tmp_path / "empty").is_dir()
