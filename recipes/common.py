@@ -313,10 +313,8 @@ def remove_empty(path: Path) -> None:
         for name in ("config", "hydra", "overrides"):
             (path / notes / f"{name}.yaml").unlink(missing_ok=True)
         made.insert(0, path / notes)
-    for directory in made:
-        # hydra.run.dir=. names the user's own directory, which was there before
-        if directory.resolve() == top.resolve():
-            continue
+    # hydra.run.dir=. names the user's own directory, which was there before
+    for directory in (here for here in made if here.resolve() != top.resolve()):
         if directory.name != ".." and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
 

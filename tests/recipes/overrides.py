@@ -357,9 +357,9 @@ class Runner:
         self._lay_out_runs(command, home)
         pid, status, seconds = self._run(command, home)
         left = _wait_for_strays(pid, home)
-        for stray in left:
-            _kill(stray)
-        while any(_is_alive(stray) for stray in left):
+        while strays := _strays(pid, home):
+            for stray in strays:
+                _kill(stray)
             time.sleep(0.01)
         return Outcome(command, home, status, seconds, tuple(left.values()))
 
@@ -526,25 +526,13 @@ def _strays(session: int, home: Path) -> dict[int, str]:
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, _, of = _stat(entry)[:4]
+            state, _, _, of = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:4]
             ours = int(of) == session or f"TMPDIR={home / 'tmp'}\0".encode() in (entry / "environ").read_bytes()
             if ours and state not in "ZX":
                 found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:  # noqa: PERF203  (it has ended meanwhile)
             continue
     return found
-
-
-def _stat(entry: Path) -> list[str]:
-    """The fields of a process in ``/proc`` behind its name, its state first."""
-    return (entry / "stat").read_text().rsplit(")", 1)[1].split()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return _stat(Path(f"/proc/{pid}"))[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def _kill(pid: int) -> None:

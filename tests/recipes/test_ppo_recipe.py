@@ -265,7 +265,7 @@ def test_a_resume_that_makes_no_sense_is_one_line(args, begins, resumed):
     assert_one_line(start("resume=run", *args, directory=resumed[0]), begins)
 
 
-@pytest.mark.parametrize("torn", ["768,6.", "768,6.5,", "768,6.5,1", "7", "768,6.5,1\0\0\r\n"])
+@pytest.mark.parametrize("torn", ["768,6.", "768,6.5,", "768,6.5,1", "7", "768,6.\r\n", "768,6.5,1\0\0\r\n"])
 def test_a_torn_row_is_dropped_when_a_record_goes_on(torn, tmp_path):
     (tmp_path / "metrics.csv").write_text("frames,return_mean,loss\r\n256,1.5,2\r\n512,2.5,3\r\n" + torn)
     recorder = RunRecorder(tmp_path, "title")
