@@ -151,7 +151,7 @@ class FusedOptimizationStepper(OptimizationStepper):
         parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         gradients, outputs, written = self._compiled(trainer.loss_module, parameters, batch)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = _in_layout_of(parameter, gradient)
         bad = self._descend(trainer, outputs)
         return TensorDict(outputs).set("batch", TensorDict(written)).set(_BAD, bad)
 
@@ -349,6 +349,18 @@ class FusedOptimizationStepper(OptimizationStepper):
         self._keys, self._sums, self._count = state_dict["keys"], state_dict["sums"], state_dict["count"]
         self.updates, self._resumed = state_dict["updates"], state_dict["updates"] > 0
         self._skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+
+def _in_layout_of(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
+    """A gradient with the strides of its parameter.
+
+    ``backward`` sees to that itself, ``torch.autograd.grad`` hands gradients back as they come: those of vmapped critics
+    are permuted. A fused optimiser reads both as raw memory, so on a CPU every entry would go to another weight's
+    place in silence, and on CUDA it raises.
+    """
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _gradients(
