@@ -1,0 +1,243 @@
+"""Our Gaussian beside Stable-Baselines3 and beside published curves: whether a training learns as others' do.
+
+    python recipes/benchmarks/control.py --jobs 2
+    python recipes/benchmarks/control.py --show
+
+SAC (100,000 frames) and PPO (500,000 frames) with the same settings on both sides, HalfCheetah-v4 and Hopper-v4, three
+seeds, one thread each. The recipe is started by its command line as a user starts it, defaults included. Every training
+has a directory of its own under ``--work``; the same command goes on after any stop: what is finished is left alone, a
+run of ours is resumed, one of Stable-Baselines3 begins again. The evaluations (10 deterministic episodes) of all of
+them go to ``--output``, and the picture beside it is drawn over the published curves of ``published.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import baselines3
+import matplotlib as mpl
+import pandas as pd
+from rounds import at_least_one
+from tqdm import tqdm
+
+RECIPES = Path(__file__).parents[1]
+RESULTS = RECIPES / "results"
+
+ENVS = ("HalfCheetah-v4", "Hopper-v4")
+FRAMES = {"sac": 100_000, "ppo": 500_000}
+INTERVAL = {"sac": 10_000, "ppo": 25_000}
+OURS, THEIRS = "torchrl_pmoe", "Stable-Baselines3"
+COLORS = {OURS: "#D55E00", THEIRS: "#0072B2"}
+COLUMNS = ["algorithm", "env", "library", "seed", "frames", "return_mean", "return_std"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training."""
+
+    algorithm: str
+    env: str
+    library: str
+    seed: int
+
+    def directory(self, work: Path) -> Path:
+        """Where it leaves its files."""
+        return work / f"{self.algorithm}-{self.env}-{self.library}-seed{self.seed}"
+
+    def evaluations(self, work: Path) -> pd.DataFrame | None:
+        """What has been evaluated so far, or nothing."""
+        file = self.directory(work) / "metrics.csv"
+        if not file.is_file():
+            return None
+        data = pd.read_csv(file)
+        place = {"algorithm": self.algorithm, "env": self.env, "library": self.library, "seed": self.seed}
+        return data.assign(**place)[COLUMNS]
+
+    def finished(self, work: Path) -> bool:
+        """Whether it has all of its frames."""
+        data = self.evaluations(work)
+        return data is not None and data["frames"].max() >= FRAMES[self.algorithm]
+
+    def command(self, work: Path) -> list[str]:
+        """What trains it, or goes on with it."""
+        run = self.directory(work)
+        if self.library == THEIRS:
+            return [sys.executable, __file__, "--work", str(work), "--train", *map(str, self.place())]
+        recipe = [sys.executable, str(RECIPES / f"{self.algorithm}_pmoe.py")]
+        if any((run / "checkpoints").glob("checkpoint-*")):
+            return [*recipe, f"resume={run}"]
+        return [
+            *recipe,
+            f"env={self.env}",
+            "policy=gaussian",
+            f"seed={self.seed}",
+            f"total_frames={FRAMES[self.algorithm]}",
+            f"logger.eval_interval={INTERVAL[self.algorithm]}",
+            "optim.num_threads=1",
+            f"hydra.run.dir={run}",
+        ]
+
+    def place(self) -> tuple[str, str, int]:
+        """Algorithm, task and seed."""
+        return self.algorithm, self.env, self.seed
+
+    def run(self, work: Path) -> int:
+        """Train in a process of its own, its output in ``output.log``; its exit status."""
+        run = self.directory(work)
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with run.with_suffix(".log").open("a") as log:
+            return subprocess.run(self.command(work), stdout=log, stderr=log, check=False).returncode
+
+
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """All trainings, the first seed of each task first."""
+    for seed in range(args.seeds):
+        for algorithm in args.algorithms:
+            for env in args.envs:
+                for library in (OURS, THEIRS):
+                    yield Cell(algorithm, env, library, seed)
+
+
+def collect(args: argparse.Namespace) -> pd.DataFrame:
+    """The evaluations of every training, finished or not; written to ``--output``."""
+    found = [data for cell in cells(args) if (data := cell.evaluations(args.work)) is not None]
+    data = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS)
+    data.to_csv(args.output, index=False, lineterminator="\n")
+    return data
+
+
+# ------------------------------------------------------------------------------------------- the picture
+
+
+def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
+    """One panel a task and algorithm: every seed thin, the mean thick, the published seeds' mean ± std as a band."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(data.groupby(["algorithm", "env"], sort=False).groups)
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), layout="constrained", squeeze=False)
+    for ax, (algorithm, env) in zip(axes[0], panels, strict=True):
+        here = data[(data["algorithm"] == algorithm) & (data["env"] == env)]
+        last = here["frames"].max()
+        for source, band in published[(published["algorithm"] == algorithm) & (published["env"] == env)].groupby(
+            "source"
+        ):
+            band = band[band["frames"] <= 1.05 * last]
+            stats = band.groupby("frames")["return"].agg(["mean", "std"])
+            seeds = band["seed"].nunique()
+            ax.fill_between(
+                stats.index, stats["mean"] - stats["std"], stats["mean"] + stats["std"], color="#999999", alpha=0.35,
+                linewidth=0, label=f"{source}, {seeds} seeds, ± std",
+            )  # fmt: skip
+            ax.plot(stats.index, stats["mean"], color="#666666", linestyle="--", linewidth=1)
+        for library, runs in here.groupby("library", sort=False):
+            for _, run in runs.groupby("seed"):
+                ax.plot(run["frames"], run["return_mean"], color=COLORS[library], alpha=0.4, linewidth=0.9)
+            mean = runs.groupby("frames")["return_mean"].mean()
+            number = runs["seed"].nunique()
+            label = f"{library}, {number} seed{'s' * (number > 1)}"
+            ax.plot(mean.index, mean, color=COLORS[library], linewidth=2.2, label=label)
+        ax.set(title=f"{algorithm.upper()}, {env}", xlabel="frames", ylabel="evaluation return")
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.yaxis.set_major_formatter("{x:,.0f}")
+        ax.tick_params(axis="x", labelrotation=30)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small", loc="upper left")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def table(data: pd.DataFrame, published: pd.DataFrame) -> str:
+    """Markdown: mean and standard deviation over seeds of the last evaluation, the published ones beside them."""
+    lines = [
+        "| algorithm | task | frames | who | seeds | return, each seed | mean ± std |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def line(algorithm: str, env: str, frames: int, who: str, returns: Sequence[float]) -> str:
+        values = pd.Series(returns)
+        each = ", ".join(f"{value:,.0f}" for value in values) if len(values) < 6 else ""
+        spread = f" ± {values.std(ddof=0):,.0f}" if len(values) > 1 else ""
+        about = f"| {algorithm.upper()} | {env} | {frames:,} | {who} | {len(values)} |"
+        return f"{about} {each} | {values.mean():,.0f}{spread} |"
+
+    for (algorithm, env), here in data.groupby(["algorithm", "env"], sort=False):
+        for library, runs in here.groupby("library", sort=False):
+            last = runs[runs["frames"] == runs["frames"].max()]
+            lines.append(line(algorithm, env, int(last["frames"].iloc[0]), str(library), list(last["return_mean"])))
+        band = published[(published["algorithm"] == algorithm) & (published["env"] == env)]
+        for source, found in band.groupby("source"):
+            nearest = min(found["frames"].unique(), key=lambda frames: abs(frames - here["frames"].max()))
+            lines.append(
+                line(algorithm, env, int(nearest), str(source), list(found[found["frames"] == nearest]["return"]))
+            )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is missing, then collect, draw and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--algorithms", nargs="+", choices=FRAMES, default=list(FRAMES), help="(all)")
+    parser.add_argument("--envs", nargs="+", default=ENVS, metavar="ENV", help=f"({' '.join(ENVS)})")
+    parser.add_argument("--seeds", type=at_least_one, default=3, help="(3)")
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="trainings at once, one thread each (1)")
+    parser.add_argument("--work", type=Path, default=Path("outputs/control"), help="of the trainings (outputs/control)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "control.csv", help="(recipes/results/control.csv)")
+    parser.add_argument("--show", action="store_true", help="train nothing: draw and print what --output holds")
+    parser.add_argument("--train", nargs=3, metavar=("ALGORITHM", "ENV", "SEED"), help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    args.work = args.work.absolute()
+    if args.train is not None:
+        algorithm, env, seed = args.train
+        cell = Cell(algorithm, env, THEIRS, int(seed))
+        learn(cell, cell.directory(args.work))
+        return
+    failed: list[str] = []
+    if not args.show:
+        failed = train_missing(args)
+    data: Any = pd.read_csv(args.output) if args.show else collect(args)
+    published = pd.read_csv(RESULTS / "published.csv")
+    if len(data):
+        draw(data, published, args.output.with_suffix(".png"))
+        print(table(data, published))
+    for line in failed:
+        print(line, file=sys.stderr)
+    sys.exit(bool(failed))
+
+
+def train_missing(args: argparse.Namespace) -> list[str]:
+    """Train every cell that is not finished; a line for each that failed."""
+    missing = [cell for cell in cells(args) if not cell.finished(args.work)]
+    failed = []
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), unit="training") as bar:
+
+        def run(cell: Cell) -> None:
+            status = cell.run(args.work)
+            if status:
+                failed.append(f"{cell}: exit status {status}, see {cell.directory(args.work).with_suffix('.log')}")
+            bar.update()
+
+        list(pool.map(run, missing))
+    return failed
+
+
+def learn(cell: Cell, run: Path) -> None:
+    """One training of Stable-Baselines3, its evaluations in ``metrics.csv``."""
+    run.mkdir(parents=True, exist_ok=True)
+    baselines3.learn(
+        cell.algorithm, cell.env, cell.seed, FRAMES[cell.algorithm], INTERVAL[cell.algorithm], run / "metrics.csv"
+    )
+
+
+if __name__ == "__main__":
+    main()
