@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
+import process
 import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -217,16 +218,30 @@ def unknown_key(key: str, value: Any, known: Sequence[str] | Mapping[str, Any]) 
 
 
 def launch(main: Callable[[], None], rules: Mapping[str, Rule]) -> None:
-    """Run a ``hydra.main`` function; what Hydra refuses ends in one line and exit status 2."""
+    """Run a ``hydra.main`` function.
+
+    What Hydra refuses ends in one line and exit status 2; the jobs of a sweep that failed are told at its end.
+    """
     # Hydra prints several lines and exits with 1, unless it is told to raise
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _check_flags()
-    # an exit, not a death: what runs beside this process must end with it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    process.ready()
+    sweep.parent = os.getpid()
+    try:
+        _launch(main, rules)
+    finally:
+        sweep.tell()
+    if sweep.failed:
+        sys.exit(min(job.status for job in sweep.failed))
+
+
+def _launch(main: Callable[[], None], rules: Mapping[str, Rule]) -> None:
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_hydra_line(error, rules), 2)
+    except JobError as error:
+        _stop(error.line, error.status)
     except OSError as error:
         # ours are one line already: this one comes from before
         if error.filename is None:
@@ -251,36 +266,125 @@ def _check_flags() -> None:
 def one_line_errors() -> Iterator[None]:
     """End a run with one line on stderr: status 2 for a config that cannot be run, 1 for what went bad on the way.
 
-    Stands around the whole body of a ``hydra.main`` function, since Hydra has words of its own for every exception.
+    Stands around the whole body of a ``hydra.main`` function, since Hydra has words of its own for every exception. A
+    job of a sweep that goes wrong leaves the next one its turn; a signal ends the sweep.
     """
+    if sweeping := HydraConfig.get().mode == RunMode.MULTIRUN:
+        sweep.begin()
     try:
         yield
-    except (UsageError, OmegaConfBaseException) as error:
-        remove_empty(Path(HydraConfig.get().runtime.output_dir))
-        _stop(f"error: {' '.join(str(error).split())}", 2)
-    except (MemoryError, OverflowError, torch.OutOfMemoryError):
-        _stop(f"error: {_TOO_MUCH}", 1)
-    except (NonFiniteError, RunError) as error:
-        _stop(f"error: {error}", 1)
     except Interrupted as stop:
         _stop(f"stopped {stop.where}; goes on with: {stop.command}", 128 + stop.number)
-    except RuntimeError as error:
+    except (Exception, KeyboardInterrupt) as error:
         # a tensordict's context manager answers an interrupt with an error of its own
-        if isinstance(error.__context__, KeyboardInterrupt):
+        if KeyboardInterrupt in (type(error), type(error.__context__)):
             _stop("interrupted", 130)
-        if "can't allocate memory" in str(error) or "Storage size calculation overflowed" in str(error):
-            _stop(f"error: {_TOO_MUCH}", 1)
-        raise
+        line, status = _ending(error)
+        if sweeping:
+            sweep.fail(line, status)
+        else:
+            _stop(line, status)
 
 
-_TOO_MUCH = "the config asks for more memory than there is"
+def _ending(error: BaseException) -> tuple[str, int]:
+    """The line and the exit status of a run that an error has ended."""
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if isinstance(error, UsageError | OmegaConfBaseException):
+        remove_empty(directory)
+        return f"error: {' '.join(str(error).split())}", 2
+    if isinstance(error, NonFiniteError | RunError):
+        return f"error: {error}", 1
+    return f"error: {cause(error)}; {process.keep_traceback(error, directory)}", 1
+
+
+def cause(error: BaseException) -> str:
+    """What a user can make of an error that nobody has foreseen, in one line."""
+    words = str(error)
+    if isinstance(error, MemoryError | OverflowError | torch.OutOfMemoryError) or any(
+        sign in words for sign in ("can't allocate memory", "Storage size calculation overflowed")
+    ):
+        return "the config asks for more memory than there is"
+    if "Too many open files" in words:
+        return f"this process may not open as many files as it needs (ulimit -n): {process.describe(error)}"
+    return process.describe(error)
 
 
 def _stop(line: str, status: int) -> NoReturn:
-    # one line, whatever a value holds
-    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
-    print(shown, file=sys.stderr)
+    process.complain(line)
     sys.exit(status)
+
+
+class JobError(Exception):
+    """What ended a job of a sweep in a process that another launcher has started; Hydra takes it to the parent.
+
+    Args:
+        line: that tells it.
+        status: to exit with.
+    """
+
+    def __init__(self, line: str, status: int) -> None:
+        super().__init__(line, status)
+        self.line, self.status = line, status
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep that failed."""
+
+    overrides: Sequence[str]
+    directory: str
+    line: str
+    status: int
+
+
+class Sweep:
+    """The jobs of a sweep that this process has begun.
+
+    Attributes:
+        parent: the process where Hydra was started, which tells what has failed.
+        overrides: of each job.
+        failed: in their order.
+    """
+
+    def __init__(self) -> None:
+        self.parent: int | None = None
+        self.overrides: list[Sequence[str]] = []
+        self.failed: list[Job] = []
+        self._places: tuple[Path, Path] | None = None
+
+    def begin(self) -> None:
+        """A job has its turn."""
+        self.overrides.append(HydraConfig.get().overrides.task)
+
+    def fail(self, line: str, status: int) -> None:
+        """A job has failed: say so, and let the next one have its turn.
+
+        Raises:
+            JobError: in a process of another launcher.
+        """
+        if os.getpid() != self.parent:
+            raise JobError(line, status) from None
+        hydra = HydraConfig.get()
+        self._places = Path(hydra.runtime.cwd, hydra.sweep.dir), Path(hydra.runtime.cwd)
+        self.failed.append(Job(hydra.overrides.task, os.path.join(hydra.sweep.dir, hydra.sweep.subdir), line, status))
+        process.complain(line)
+
+    def tell(self) -> None:
+        """One line for each job that failed; nothing is left of a sweep in which no job began."""
+        shared = set.intersection(*map(set, self.overrides)) if len(self.overrides) > 1 else set()
+        for job in self.failed:
+            overrides = " ".join(override for override in job.overrides if override not in shared)
+            process.complain(f"failed: {overrides} in {job.directory}: {job.line.removeprefix('error: ')}")
+        if self._places is not None:
+            directory, top = self._places
+            # Hydra's own note
+            if directory.is_dir() and [found.name for found in directory.iterdir()] == ["multirun.yaml"]:
+                (directory / "multirun.yaml").unlink()
+                _remove_empty([here for here in (directory, *directory.parents) if top in here.parents], top)
+
+
+sweep = Sweep()
+"""Of this process."""
 
 
 def _hydra_line(error: Exception, rules: Mapping[str, Rule]) -> str:
@@ -304,15 +408,14 @@ def remove_empty(path: Path) -> None:
     # as it was written too: with .. in a name, there is more on the way
     written = top / HydraConfig.get().run.dir
     made = [here for base in (path, written) for here in (base, *base.parents) if here == path or top in here.parents]
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        # Hydra's own note on a sweep whose first job is refused
-        sweep = Path(HydraConfig.get().sweep.dir).absolute()
-        if all(found.name == "multirun.yaml" or found == path.absolute() for found in sweep.iterdir()):
-            (sweep / "multirun.yaml").unlink(missing_ok=True)
     if (notes := HydraConfig.get().output_subdir) is not None:
         for name in ("config", "hydra", "overrides"):
             (path / notes / f"{name}.yaml").unlink(missing_ok=True)
         made.insert(0, path / notes)
+    _remove_empty(made, top)
+
+
+def _remove_empty(made: Iterable[Path], top: Path) -> None:
     # hydra.run.dir=. names the user's own directory, which was there before
     for directory in (here for here in made if here.resolve() != top.resolve()):
         if directory.name != ".." and directory.is_dir() and not any(directory.iterdir()):

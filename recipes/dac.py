@@ -7,6 +7,11 @@ Every key is in ``recipes/config/dac.yaml``. What is not said here is that of ``
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import process
+
+    process.begin()
+
 import math
 from pathlib import Path
 

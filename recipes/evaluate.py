@@ -18,6 +18,11 @@ evaluations have none. What is written replaces what an earlier evaluation left 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import process
+
+    process.begin()
+
 import argparse
 import csv
 import os

@@ -7,6 +7,11 @@ Every key is in ``recipes/config/ppo_pmoe.yaml``.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import process
+
+    process.begin()
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -8,15 +8,17 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import process
 import resume
 import torch
-from common import Interrupted, RunError, UsageError, make_gym
+from common import Interrupted, RunError, UsageError, cause, make_gym
 from omegaconf import DictConfig, OmegaConf
 from recording import CheckpointLog, RunRecorder, replace
 from tensordict import TensorDict, TensorDictBase
@@ -513,27 +515,50 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, draw: Callable[[], Any]) -> 
 
     Raises:
         Interrupted: if a signal has ended it, after a checkpoint.
-        RunError: where a file could not be written; the last checkpoint stays whole.
+        RunError: in one line, for any other end; the last checkpoint stays whole.
     """
     trainer.checkpoint.on_saved = log = CheckpointLog(run_dir)
     try:
         with finish_on_signal(trainer) as received:
             trainer.train()
-    except (CheckpointError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+    except Exception as error:
+        # a tensordict's context manager answers an interrupt with an error of its own
+        if isinstance(error.__context__, KeyboardInterrupt):
             raise
-        last = resume.rotation(run_dir).latest()
-        left = (
-            "there is no checkpoint yet"
-            if last is None
-            else f"{last.name} is whole: {resume.command_to_resume(run_dir)}"
-        )
-        reason = f"a file could not be written: {error.strerror}" if isinstance(error, OSError) else str(error)
-        raise RunError(f"frame {trainer.collected_frames}: {reason}; the run stops here, {left}") from error
+        with suppress(Exception):
+            # its processes, where the next job of a sweep has its own
+            trainer.collector.shutdown()
+        raise RunError(f"{what_ended(error, trainer, run_dir)}, {what_is_left(run_dir)}") from error
     finally:
-        # a full disk has no room for a picture either
-        with suppress(OSError):
+        undrawn = None
+        try:
             draw()
+        # what ended the run is told, and a full disk has no room for a picture either
+        except Exception as error:
+            undrawn = error
     print(log)
+    if undrawn is not None:
+        warnings.warn(f"there is no picture of the run ({process.describe(undrawn)})", stacklevel=1)
     if received and trainer.collected_frames < trainer.total_frames:
         raise Interrupted(received[0], f"at frame {trainer.collected_frames:,}, with a checkpoint")
+
+
+def what_ended(error: Exception, trainer: Trainer, run_dir: Path) -> str:
+    """Why a training could not go on, in one line; the traceback of what nobody has foreseen is kept."""
+    if isinstance(error, NonFiniteError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        reason = f"a file could not be written: {error.strerror}"
+    elif isinstance(error, CheckpointError):
+        reason = str(error)
+    else:
+        reason = f"{cause(error)} ({process.keep_traceback(error, run_dir)})"
+    return f"frame {trainer.collected_frames}: {reason}; the run stops here"
+
+
+def what_is_left(run_dir: Path) -> str:
+    """The last checkpoint of a run, and how to go on from it."""
+    last = resume.rotation(run_dir).latest()
+    if last is None:
+        return "there is no checkpoint yet"
+    return f"{last.name} is whole: {resume.command_to_resume(run_dir)}"

@@ -7,6 +7,11 @@ Every key is in ``recipes/config/sac_pmoe.yaml``.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import process
+
+    process.begin()
+
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -9,6 +9,11 @@ in ``recipes/config/target_reaching.yaml``.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import process
+
+    process.begin()
+
 import multiprocessing
 import signal
 import sys

@@ -573,7 +573,8 @@ def _faults_of_success(outcome: Outcome) -> Iterator[str]:
 
 
 def _faults_of_refusal(outcome: Outcome) -> Iterator[str]:
-    if len(outcome.said) != 1:
+    failed = [line for line in outcome.said if line.startswith("failed: ")]
+    if len(outcome.said) != (2 * len(failed) or 1):
         yield f"prints {len(outcome.said)} lines on stderr, not one"
     elif not outcome.said[0].startswith("error: "):
         yield "prints a line that does not begin with error:"

@@ -57,6 +57,24 @@ class ObservationGlitch(Line):
         return np.array([np.nan, 1.0]) if self.steps % 40 == 0 else np.ones(2)
 
 
+class Breaks(Line):
+    """Raises in a late step."""
+
+    def reward(self):
+        if self.steps > GOOD_STEPS:
+            raise ValueError("the hinge broke:\nno more steps")
+        return 0.0
+
+
+class Hungry(Line):
+    """Has no memory left in a late step."""
+
+    def reward(self):
+        if self.steps > GOOD_STEPS:
+            raise MemoryError
+        return 0.0
+
+
 class Pixels(Line):
     observation_space = Box(0, 255, (8, 8, 3), np.uint8)
 
@@ -65,5 +83,5 @@ class Unbounded(Line):
     action_space = Box(-np.inf, np.inf, (1,), np.float32)
 
 
-for kind in (NanReward, NanObservation, RewardGlitch, ObservationGlitch, Pixels, Unbounded):
+for kind in (NanReward, NanObservation, RewardGlitch, ObservationGlitch, Breaks, Hungry, Pixels, Unbounded):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, disable_env_checker=True)

@@ -9,17 +9,14 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import recipe_runs
 import torch
-from recipe_runs import RECIPES, assert_one_line, common, start, timeless_rows
+from recipe_runs import assert_one_line, common, in_background, start, timeless_rows, wait_for
 
 from recording import RunRecorder  # isort: skip
 
@@ -169,35 +166,6 @@ def test_target_reaching_goes_on_with_each_of_its_trainings(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- signals
-
-
-def wait_for(condition, process, seconds=300):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-@contextmanager
-def in_background(recipe, *args, directory):
-    process = subprocess.Popen(
-        [sys.executable, str(RECIPES / f"{recipe}.py"), *args],
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # a shell in the background has its children ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
 
 
 ENDLESS = ["total_frames=1e6", "compile.enabled=false", "logger.progress_bar=false", "checkpoint.keep=2"]

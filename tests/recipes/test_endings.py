@@ -1,0 +1,146 @@
+"""However a run ends, it says so in one line, keeps what it can, and leaves the others alone."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import recipe_runs
+from recipe_runs import RECIPES, common, in_background, wait_for
+
+import process  # isort: skip
+import runs  # isort: skip
+
+SMALL = [
+    "env=Pendulum-v1",
+    "total_frames=400",
+    "network.hidden_sizes=[16,16]",
+    "optim.batch_size=16",
+    "optim.utd_ratio=0.1",
+    "collector.frames_per_batch=10",
+    "collector.init_random_frames=50",
+    "logger.eval_interval=400",
+    "logger.eval_episodes=2",
+    "logger.eval_max_steps=20",
+    "logger.progress_bar=false",
+    "checkpoint.interval=100",
+]
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path, capfd):
+    """A recipe as its command starts it, but in this process: its exit status and the lines on stderr."""
+    handlers = {number: signal.getsignal(number) for number in process.endings()}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "sweep", common.Sweep())
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def run(recipe, *args):
+        script = str(RECIPES / f"{recipe}.py")
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        try:
+            runpy.run_path(script, run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, capfd.readouterr().err.splitlines()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_what_nobody_has_foreseen_is_one_line_with_the_traceback_in_a_file(launch, tmp_path):
+    status, lines = launch("sac_pmoe", *SMALL, "env=recipe_envs:Breaks-v0", "hydra.run.dir=run")
+    assert status == 1
+    assert lines == [
+        "error: frame 330: ValueError: the hinge broke: no more steps (the traceback is in run/error.log); "
+        "the run stops here, checkpoint-000000000300 is whole: "
+        f"python {RECIPES / 'sac_pmoe.py'} resume=run"
+    ]
+    kept = (tmp_path / "run" / "error.log").read_text()
+    assert 'raise ValueError("the hinge broke' in kept
+    assert "Traceback (most recent call last)" in kept
+
+
+def test_an_error_before_the_first_frame_is_one_line_too(launch, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runs, "build_collector", broken)
+    status, lines = launch("sac_pmoe", *SMALL, "hydra.run.dir=run")
+    assert (status, lines) == (1, ["error: ZeroDivisionError; the traceback is in run/error.log"])
+    assert "ZeroDivisionError" in (tmp_path / "run" / "error.log").read_text()
+
+
+def test_a_traceback_that_cannot_be_kept_in_the_run_is_kept_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
+    line = process.keep_traceback(ValueError("no"), tmp_path / "missing")
+    (file,) = tmp_path.glob("torchrl_pmoe-*-error.log")
+    assert line == f"the traceback is in {file}"
+    monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path / "missing"))
+    assert process.keep_traceback(ValueError("no")) == "there is no room for the traceback"
+
+
+# ------------------------------------------------------------------------------------------------ sweeps
+
+
+def test_jobs_of_a_sweep_that_fail_leave_the_others_their_turn_and_are_told_at_the_end(launch, tmp_path):
+    envs = ["recipe_envs:Breaks-v0", "recipe_envs:Hungry-v0", "nope", "recipe_envs:NanReward-v0", "Pendulum-v1"]
+    sweep = ["hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}"]
+    status, lines = launch("sac_pmoe", "-m", *SMALL[1:], f"env={','.join(envs)}", *sweep)
+    assert status == 1
+    assert recipe_runs.rows(tmp_path / "s" / "4")[-1]["frames"] == "400"
+    at_once, told = lines[:4], lines[4:]
+    assert [line.split(":")[0] for line in at_once] == ["error"] * 4
+    assert len(told) == 4
+    for index, (line, before, why) in enumerate(
+        zip(told, at_once, ["the hinge broke", "more memory than there is", "must be the id", "NaN"], strict=True)
+    ):
+        written = envs[index].replace(":", "\\:")
+        assert line.startswith(f"failed: env={written} in s/{index}: ")
+        assert line.endswith(before.removeprefix("error: "))
+        assert why in line
+    assert (tmp_path / "s" / "0" / "error.log").is_file()
+    # as a run of its own, a job whose config is refused leaves nothing
+    assert not (tmp_path / "s" / "2").exists()
+    assert (tmp_path / "s" / "multirun.yaml").is_file()
+
+
+def test_a_sweep_in_which_every_config_is_refused_leaves_nothing(launch, tmp_path):
+    status, lines = launch("sac_pmoe", "-m", "env=nope", "seed=0,1", "hydra.sweep.dir=a/s")
+    assert status == 2
+    assert [line[:16] for line in lines] == ["error: env=nope:"] * 2 + ["failed: seed=0 i", "failed: seed=1 i"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_in_a_process_of_another_launcher_hands_its_error_to_hydra(monkeypatch):
+    monkeypatch.setattr(common, "sweep", common.Sweep())
+    common.sweep.parent = os.getpid() + 1
+    with pytest.raises(common.JobError) as error:
+        common.sweep.fail("error: no", 1)
+    assert (error.value.line, error.value.status) == ("error: no", 1)
+
+
+def test_an_interrupt_ends_a_sweep_once_the_running_job_has_its_checkpoint(tmp_path):
+    sweep = ["seed=nope,0,1", "hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}", "total_frames=1e6"]
+    job = tmp_path / "s" / "1"
+    with in_background("sac_pmoe", "-m", *SMALL, *sweep, directory=tmp_path) as running:
+        wait_for(lambda: list(job.glob("checkpoints/checkpoint-*")), running)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=600)
+    assert running.returncode == 130
+    refused, told, stopped, failed = (line for line in err.splitlines() if line)
+    assert refused.startswith("error: seed=nope: ")
+    assert told.startswith("stopping: ")
+    assert stopped.startswith("stopped at frame ")
+    assert stopped.endswith("resume=s/1")
+    assert failed.startswith("failed: seed=nope in s/0: ")
+    assert [path.name for path in Path(tmp_path, "s").iterdir() if path.is_dir()] == ["1"]
