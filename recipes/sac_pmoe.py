@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
     process.begin()
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ from torchrl.trainers.trainers import SelectKeys
 
 from torchrl_pmoe import BestOfExpertsActor, PMOESACLoss
 from torchrl_pmoe.modules.heads import ClampedExp
+from torchrl_pmoe.objectives.units import action_units
 from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
 RULES: dict[str, Rule] = {
@@ -74,6 +76,7 @@ RULES: dict[str, Rule] = {
     "optim.target_entropy": either(number(), "auto"),
     "collector.frames_per_batch": either(integer(1, 2**31 - 1), None),
     "collector.init_random_frames": integer(0),
+    "loss.entropy_from": either(choice("policy", "winner"), None),
     "loss.temperature": number(above=0),
     "loss.straight_through": flag(),
     "replay_buffer.size": integer(1, 2**31 - 1),
@@ -88,16 +91,23 @@ PAPER = {
     "backprop": "max",
     "score": "expert",
     "acting": "policy",
+    "loss.entropy_from": "winner",
     "logger.eval_expert": "drawn",
 }
 ROUTINGS = {
     "critic": ("frequency", "soft_frequency", "score_function", "marginal", "none"),
     "gradient": ("frequency", "soft_frequency", "gumbel_softmax", "none"),
 }
-# the highest return measured (README); it is the paper's combination, evaluated on the expert of largest weight
-DEFAULTS = {**PAPER, "logger.eval_expert": "largest"}
+# the highest return measured (README): the paper's routing, the policy's own entropy, the expert of largest weight
+DEFAULTS = {**PAPER, "loss.entropy_from": "policy", "logger.eval_expert": "largest"}
 # no critic call there, so no backprop; the drawn expert's own density leaves its experts stuck (bandits in the README)
-GRADIENT_SCORED = {**DEFAULTS, "scoring": "gradient", "backprop": None, "score": "mixture"}
+GRADIENT_SCORED = {
+    **DEFAULTS,
+    "scoring": "gradient",
+    "backprop": None,
+    "score": "mixture",
+    "loss.entropy_from": None,
+}
 # the likelihood ratio estimates the soft objective's slope in the router; here the experts follow the same objective
 SCORE_FUNCTION = {**DEFAULTS, "backprop": "routed", "score": "mixture"}
 PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
@@ -136,6 +146,10 @@ def _refuse_combinations(cfg: DictConfig) -> None:
         "backprop": (
             cfg.scoring == "gradient" and cfg.backprop is not None,
             "null with scoring=gradient, where the loss's own draw carries the gradient",
+        ),
+        "loss.entropy_from": (
+            cfg.scoring == "gradient" and cfg.loss.entropy_from is not None,
+            "null with scoring=gradient, where the temperature sees the loss's own draw",
         ),
         "routing": (
             cfg.routing not in (None, *ROUTINGS.get(cfg.scoring, ())),
@@ -258,16 +272,21 @@ def build_qvalue(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> Va
 
 def build_loss(cfg: DictConfig, actor: ProbabilisticActor, qvalue: ValueOperator) -> SACLoss:
     """``PMOESACLoss`` where the critics score the experts, else TorchRL's unmodified ``SACLoss``."""
+    target = cfg.optim.target_entropy
+    units = action_units(actor, actor.spec["action"])
+    largest = math.inf if units is None else units.largest_entropy
+    allowed = f"auto or at most {largest:.4g}, the entropy of the uniform distribution between the action's bounds"
+    common.refuse(cfg, {"optim.target_entropy": (target != "auto" and target > largest, allowed)})
     kwargs: dict[str, Any] = {
         "num_qvalue_nets": 2,
         "loss_function": cfg.optim.loss_function,
         "alpha_init": cfg.optim.alpha_init,
         "fixed_alpha": cfg.optim.fixed_alpha,
-        "target_entropy": cfg.optim.target_entropy,
+        "target_entropy": target,
     }
     if cfg.policy == "pmoe" and cfg.scoring == "critic":
         names = ("routing_coef", "routing_loss", "num_proposals")
-        kwargs.update({name: cfg.loss[name] for name in names})
+        kwargs.update({name: cfg.loss[name] for name in names}, entropy_from=cfg.loss.entropy_from)
         loss = PMOESACLoss(actor, qvalue, routing=cfg.routing, backprop=cfg.backprop, **kwargs)
     else:
         loss = SACLoss(actor, qvalue, **kwargs)

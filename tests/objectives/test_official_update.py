@@ -75,7 +75,7 @@ def update(official, double, monkeypatch):
     critics = [
         ValueOperator(load(_Critic(), f"param/{name}/"), in_keys=["observation", "action"]) for name in ("qf1", "qf2")
     ]
-    loss = PMOESACLoss(actor, critics, loss_function="l2", routing="frequency", backprop="max")
+    loss = PMOESACLoss(actor, critics, loss_function="l2", routing="frequency", backprop="max", entropy_from="winner")
     loss.make_value_estimator(gamma=0.99)
     loss.log_alpha.data.copy_(official["param/log_alpha"].squeeze())
     for i, name in enumerate(("target_qf1", "target_qf2")):

@@ -33,7 +33,7 @@ def log_normal_tanh(u, loc, scale):
 
 
 def reference(loss, actor, batch, noise, drawn):
-    """Actor and routing loss [B] by the formulas of the paper and of the docstring, one draw per expert."""
+    """Actor loss, routing loss and what the temperature sees, [B], by the formulas, one draw per expert."""
     dist = actor.get_dist(batch)
     w = dist.logits.softmax(-1)
     u = dist.loc + dist.scale * noise
@@ -72,7 +72,8 @@ def reference(loss, actor, batch, noise, drawn):
             v = ((q - alpha * density_) / alpha).exp() * (w.detach() if dist.score == "mixture" else 1.0)
             v = v / v.sum(-1, keepdim=True)
         routing = (w - v).square().mean(-1) if loss.routing_loss == "brier" else -(v * w.log()).sum(-1)
-    return pick(term), loss.routing_coef * routing, pick(density_)
+    seen = pick(density_) if loss.entropy_from == "winner" else (w.detach() * density_).sum(-1)
+    return pick(term), loss.routing_coef * routing, seen
 
 
 COMBINATIONS = list(
@@ -86,7 +87,8 @@ COMBINATIONS = list(
 def test_losses_and_gradients_follow_the_formulas(routing, backprop, score, monkeypatch):
     torch.manual_seed(0)
     actor, batch = make_actor(score=score), make_batch(B)
-    loss = build(actor, routing=routing, backprop=backprop, routing_coef=0.7)
+    entropy_from = "winner" if routing in ("frequency", "none") else "policy"
+    loss = build(actor, routing=routing, backprop=backprop, routing_coef=0.7, entropy_from=entropy_from)
     noise = torch.randn(B, K, ACTION, dtype=torch.float64)
     drawn = torch.randint(K, (B,))
     monkeypatch.setattr(mixture.torch, "randn", lambda *_, **__: noise)
@@ -324,14 +326,6 @@ def test_a_tensordict_of_other_batch_size_is_refused():
         build(make_actor()).actor_loss(batch)
 
 
-def test_target_entropy_counts_the_action_of_one_agent():
-    """As TorchRL's actors do, where the spec's container has a batch shape of its own."""
-    spec = Composite(agents=Composite(move=Bounded(-1, 1, (2, ACTION)), shape=(2,)))
-    actor = PMOEActor(K, spec=spec, in_keys=[("agents", "seen")], in_features=OBSERVATION)
-    critic = ValueOperator(make_critic().module, in_keys=[("agents", "seen"), ("agents", "move")])
-    assert PMOESACLoss(actor, critic).target_entropy.item() == -ACTION
-
-
 @pytest.mark.parametrize("coef", [-1.0, float("nan"), float("inf")])
 def test_a_coefficient_that_makes_no_sense_is_refused(coef):
     with pytest.raises(ValueError, match="must be finite and not negative"):
@@ -350,6 +344,7 @@ def test_a_coefficient_that_makes_no_sense_is_refused(coef):
         ({"routing": "foo"}, "'foo' is unknown; allowed"),
         ({"backprop": "foo"}, "'foo' is unknown; allowed: max, all, routed, weighted"),
         ({"routing_loss": "foo"}, "'foo' is unknown; allowed: brier, log"),
+        ({"entropy_from": "foo"}, "'foo' is unknown; allowed: policy, winner"),
         ({"num_proposals": 0}, "num_proposals=0 must be an integer of at least 1"),
     ],
 )

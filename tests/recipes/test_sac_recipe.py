@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from functools import partial
@@ -136,12 +137,14 @@ def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys)
     assert (table[-1]["loss_routing"] != "") == (args[0] == "routing=score_function")
 
 
+SPEC = common.make_env("Pendulum-v1", 0, 1).action_spec_unbatched
+
+
 def built(*overrides):
     """What the recipe makes of a config: the actor and the loss."""
     cfg = resolve("env=Pendulum-v1", *overrides)
-    spec = common.make_env(cfg.env, 0, 1).action_spec_unbatched
-    actor = sac_pmoe.build_actor(cfg, spec, 3)
-    return actor, sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, 3))
+    actor = sac_pmoe.build_actor(cfg, SPEC, 3)
+    return actor, sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, SPEC, 3))
 
 
 def test_a_policy_and_its_blend_are_those_of_that_name():
@@ -178,6 +181,34 @@ def test_the_router_reads_the_trunk_as_the_policy_needs_it_unless_said_otherwise
 def test_a_routing_brings_what_goes_with_it(overrides, expected):
     cfg = resolve(*overrides)
     assert (cfg.scoring, cfg.routing, cfg.backprop, cfg.score) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "policy"),
+        (["routing=marginal"], "policy"),
+        (["preset=paper"], "winner"),
+        (["loss.entropy_from=winner"], "winner"),
+        (["scoring=gradient"], None),
+        (["policy=gaussian", "loss.entropy_from=winner"], None),
+    ],
+    ids=str,
+)
+def test_the_temperature_sees_the_policy_but_in_the_authors_combination(overrides, expected):
+    cfg = resolve(*overrides)
+    assert cfg.loss.entropy_from == expected
+    if cfg.scoring == "critic":
+        assert built(*overrides)[1].entropy_from == expected
+
+
+@pytest.mark.parametrize("policy", ["pmoe", "gaussian", "gating"])
+def test_an_entropy_that_no_policy_reaches_is_refused(policy):
+    # the largest is that of uniform actions
+    largest = math.log((SPEC.space.high - SPEC.space.low).item())
+    assert built(f"policy={policy}", f"optim.target_entropy={largest - 0.1}")[1].target_entropy.item() < largest
+    with pytest.raises(common.UsageError, match=rf"^optim.target_entropy=9.0: must be auto or at most {largest:.4g}, "):
+        built(f"policy={policy}", "optim.target_entropy=9")
 
 
 def test_gumbel_softmax_reaches_the_distribution_with_its_options():
@@ -217,6 +248,7 @@ def test_batches_default_to_one_step_of_every_environment():
         ("optim.lr=-1", "a number > 0"),
         ("logger.eval_interval=0", "an integer >= 1"),
         ("loss.routing_loss=foo", "one of brier, log"),
+        ("loss.entropy_from=foo", "one of policy, winner or null"),
         ("optim.utd_ratio=0.5", "a whole number of steps per batch"),
     ],
 )
@@ -231,6 +263,8 @@ def test_bad_value_is_named_with_what_is_allowed(override, allowed):
         (["scoring=gradient", "routing=marginal"], "routing"),
         (["scoring=gradient", "loss.num_proposals=2"], "loss.num_proposals"),
         (["scoring=gradient", "loss.routing_loss=log"], "loss.routing_loss"),
+        (["scoring=gradient", "loss.entropy_from=policy"], "loss.entropy_from"),
+        (["preset=paper", "loss.entropy_from=policy"], "loss.entropy_from"),
         (["policy=gaussian", "acting=best_of_experts"], "acting"),
         (["policy=gaussian", "preset=paper"], "preset"),
         (["preset=paper", "score=mixture"], "score"),

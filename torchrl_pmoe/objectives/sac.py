@@ -36,6 +36,11 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
             back-prop-max); ``"all"``, every one equally (back-prop-all); ``"routed"``, the one that the router drew;
             ``"weighted"``, every one times its detached weight; with the soft frequency and the mixture's density
             that is what keeps modes.
+        entropy_from: whose entropy the temperature's loss and the output ``entropy`` see: ``"policy"``,
+            ``-sum_k w_k log pi(a_k)`` with one draw ``a_k`` of every expert, whatever ``backprop`` trains; or
+            ``"winner"``, that of the draws that the actor's loss flows through (the authors' code).
+        target_entropy: a number of nats in the action's own units, or ``"auto"``: ``-A`` nats of actions scaled to
+            ``[-1, 1]``, which is ``-A + sum_i log((high_i - low_i) / 2)``.
         num_proposals: draws of each expert, ``M``; frequencies, exponents and losses average over them.
         **kwargs: of :class:`~torchrl.objectives.SACLoss`, without ``value_network`` (SAC v1).
 
@@ -44,7 +49,8 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
     ``best_expert_value``. With ``reduction="none"`` losses are ``[*B]`` and diagnostics go where ``alpha`` goes.
 
     Raises:
-        ValueError: for an unknown option, SAC v1, or an actor whose distribution is not a mixture.
+        ValueError: for an unknown option, SAC v1, an actor whose distribution is not a mixture, or a
+            ``target_entropy`` above the entropy of the uniform distribution, ``sum_i log(high_i - low_i)``.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
         routing_coef: float = 1.0,
         routing_loss: Literal["brier", "log"] = "brier",
         backprop: Literal["max", "all", "routed", "weighted"] = "max",
+        entropy_from: Literal["policy", "winner"] = "policy",
         num_proposals: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -70,7 +77,7 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
             routing_loss=routing_loss,
             num_proposals=num_proposals,
         )
-        self._set_backprop(backprop)
+        self._set_experts(backprop=backprop, entropy_from=entropy_from)
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
         return state_action_value.squeeze(-1).amin(0)
@@ -86,15 +93,17 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         qvalue_network: the quantile critic, as in :class:`~torchrl.objectives.TQCLoss`.
 
     Keyword Args:
-        routing: see :class:`PMOESACLoss`, as for the next four.
+        routing: see :class:`PMOESACLoss`, as for all of these.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` or ``"log"``.
         backprop: the experts that the actor's loss flows through.
+        entropy_from: whose entropy the temperature's loss sees.
         num_proposals: draws of each expert.
         **kwargs: of :class:`~torchrl.objectives.TQCLoss`.
 
     Raises:
-        ValueError: for an unknown option or an actor whose distribution is not a mixture.
+        ValueError: for an unknown option, an actor whose distribution is not a mixture, or a ``target_entropy`` that
+            cannot be reached.
     """
 
     def __init__(
@@ -106,6 +115,7 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         routing_coef: float = 1.0,
         routing_loss: Literal["brier", "log"] = "brier",
         backprop: Literal["max", "all", "routed", "weighted"] = "max",
+        entropy_from: Literal["policy", "winner"] = "policy",
         num_proposals: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -117,7 +127,7 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
             routing_loss=routing_loss,
             num_proposals=num_proposals,
         )
-        self._set_backprop(backprop)
+        self._set_experts(backprop=backprop, entropy_from=entropy_from)
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
         return state_action_value.mean((0, -1))

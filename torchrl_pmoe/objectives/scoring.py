@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule, TensorDictModule, dispatch
+from tensordict import TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import CompositeDistribution, TensorDictModule, dispatch
 from torch import Tensor
+from torchrl.data import Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SACLoss
 
@@ -23,10 +25,12 @@ from torchrl_pmoe.distributions.routing import (
     soft_frequency,
     wide,
 )
+from torchrl_pmoe.objectives.units import action_units, mixture_of
 
 __all__ = ["CriticScoredLoss", "CriticScoredSACLoss", "Scored"]
 
 BACKPROP = ("max", "all", "routed", "weighted")
+ENTROPY_FROM = ("policy", "winner")
 ROUTING_LOSSES = ("brier", "log")
 
 
@@ -35,7 +39,7 @@ class Scored(NamedTuple):
 
     dist: NormalMixture
     value: Tensor
-    log_prob: Tensor  # zeros where the routing does not read it
+    log_prob: Tensor  # zeros where nothing reads it
 
 
 class CriticScoredLoss:
@@ -95,8 +99,7 @@ class CriticScoredLoss:
 
     @staticmethod
     def _check_actor(owner: str, actor: Any) -> None:
-        heads = [module for module in actor.modules() if isinstance(module, ProbabilisticTensorDictModule)]
-        kind = heads[-1].distribution_class if heads else None
+        kind, _ = mixture_of(actor)
         if isinstance(kind, type) and not issubclass(kind, NormalMixture):
             composite = " (critics can score the experts of one mixture only)" * issubclass(kind, CompositeDistribution)
             raise ValueError(
@@ -200,12 +203,53 @@ class CriticScoredLoss:
 class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
     """What a SAC-like loss adds: the experts learn from the critics' scores too, through ``backprop``."""
 
-    def _set_backprop(self, backprop: Literal["max", "all", "routed", "weighted"]) -> None:
+    def _set_experts(
+        self,
+        *,
+        backprop: Literal["max", "all", "routed", "weighted"],
+        entropy_from: Literal["policy", "winner"],
+    ) -> None:
+        name = type(self).__name__
         if backprop not in BACKPROP:
-            raise ValueError(
-                f"{type(self).__name__}: backprop={backprop!r} is unknown; allowed: {', '.join(BACKPROP)}."
-            )
+            raise ValueError(f"{name}: backprop={backprop!r} is unknown; allowed: {', '.join(BACKPROP)}.")
+        if entropy_from not in ENTROPY_FROM:
+            raise ValueError(f"{name}: entropy_from={entropy_from!r} is unknown; allowed: {', '.join(ENTROPY_FROM)}.")
         self.backprop = backprop
+        self.entropy_from = entropy_from
+        self._set_target_entropy()
+
+    def _set_target_entropy(self) -> None:
+        """Turn ``"auto"`` into a number, and refuse a number that no policy reaches."""
+        target: Any = self._target_entropy
+        units = action_units(self.actor_network, self._action_leaf())
+        if target == "auto":
+            # without a spec the parent says at the first call what it misses
+            if units is not None:
+                delattr(self, "_target_entropy")
+                self.register_buffer("_target_entropy", units.target_entropy(type(self).__name__).to(self.device))
+            return
+        if isinstance(target, Tensor) and target.numel() == 1:
+            target = target.item()
+        if isinstance(target, bool) or not isinstance(target, int | float) or not math.isfinite(target):
+            raise ValueError(f"{type(self).__name__}: target_entropy={target!r} must be 'auto' or a finite number.")
+        largest = math.inf if units is None else units.largest_entropy
+        if target > largest:
+            raise ValueError(
+                f"{type(self).__name__}: target_entropy={target} cannot be reached; it must be at most {largest:.4g}, "
+                "the entropy of the uniform distribution between the action's bounds."
+            )
+
+    def _action_leaf(self) -> TensorSpec | None:
+        """Spec of the action alone, if there is one."""
+        spec = self._action_spec if self._action_spec is not None else getattr(self.actor_network, "spec", None)
+        if isinstance(spec, Composite):
+            key = unravel_key(self.tensor_keys.action)
+            return spec[key] if key in spec.keys(True, True) else None
+        return spec
+
+    @property
+    def _needs_density(self) -> bool:
+        return self.entropy_from == "policy" or super()._needs_density
 
     @property
     def _temperature(self) -> Tensor:
@@ -218,7 +262,8 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
             tensordict: a batch ``[*B]``.
 
         Returns:
-            The loss as ``reduction`` says, and ``log_prob`` ``[*B]``, ``loss_routing`` and the diagnostics.
+            The loss as ``reduction`` says, and ``log_prob`` ``[*B]`` (minus the entropy that ``entropy_from`` names),
+            ``loss_routing`` and the diagnostics.
 
         Raises:
             ValueError: if the actor's distribution is not a mixture.
@@ -236,6 +281,9 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
             loss, log_prob, scored = self._one_expert(tensordict, dist, proposals)
         else:
             loss, log_prob, scored = self._every_expert(tensordict, dist, proposals)
+        if self.entropy_from == "policy":
+            # one draw of each expert, as often as the router draws it: [*M, *B, K] to [*M, *B]
+            log_prob = (dist.probs.detach() * scored.log_prob).sum(-1)
         if draws:
             loss, log_prob = loss.mean(0), log_prob.mean(0)
         loss = self._reduce_loss(loss, tensordict=tensordict, weights=weights)
