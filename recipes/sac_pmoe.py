@@ -351,7 +351,8 @@ class Critics:
 
     def of_proposals(self, observation: Tensor, action: Tensor) -> Tensor:
         """Values ``[num_critics, *B, K]`` of one proposal ``[*B, K, A]`` per expert."""
-        return self(observation.unsqueeze(-2).expand(*action.shape[:-1], -1), action)
+        action = action.movedim(-2, 0)  # [K, *B, A]
+        return self(observation.expand(*action.shape[:-1], -1), action).movedim(1, -1)
 
 
 def build_policies(

@@ -30,6 +30,13 @@ class Features(nn.Module):
         return torch.cat((self.router(observation), self.experts(observation)), -1)
 
 
+class Mean(nn.Module):
+    """One row of features for the whole batch."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.mean(0)
+
+
 def make_actor(num_experts: int = 4, dtype: torch.dtype = torch.float64, **distribution_kwargs: Any) -> PMOEActor:
     return PMOEActor(
         num_experts,

@@ -18,6 +18,7 @@ from objectives.helpers import (
     ACTION,
     OBSERVATION,
     Features,
+    Mean,
     assert_compiled_equals_eager,
     central_differences,
     make_batch,
@@ -406,10 +407,11 @@ def test_one_call_of_the_q_network_scores_every_proposal(num_proposals, num_qval
     critic = ValueOperator(spy, in_keys=["observation", "action"])
     loss = build(actor, critic=critic, num_proposals=num_proposals, num_qvalue_nets=num_qvalue_nets, routing=routing)
     batch = make_onpolicy_batch(actor, B)
+    loss(batch)  # in the first call the critics are asked how they take proposals
     spy.seen.clear()
     loss(batch)
     draws = () if num_proposals == 1 else (num_proposals,)
-    assert sorted(spy.seen, key=len) == [(B, ACTION), (*draws, B, K, ACTION)]
+    assert sorted(spy.seen, key=len) == [(B, ACTION), (K, *draws, B, ACTION)]
 
 
 def test_scores_follow_the_q_network():
@@ -603,10 +605,10 @@ def test_an_actor_without_a_mixture_is_refused(actor, named):
 
 
 def test_a_mixture_with_another_batch_shape_is_refused():
-    actor = make_policy(K)
-    batch = make_onpolicy_batch(actor, B)
-    batch.batch_size = []
-    with pytest.raises(ValueError, match=r"batch shape \(8,\) for a tensordict of batch size \(\)"):
+    """An actor that has one mixture for a batch of as many states as experts."""
+    actor = make_policy(K, network=nn.Sequential(Features(K).double(), Mean()))
+    batch = make_onpolicy_batch(make_policy(K), K)
+    with pytest.raises(ValueError, match=r"batch shape \(\) for a tensordict of batch size \(4,\)"):
         build(actor)(batch)
 
 

@@ -12,7 +12,18 @@ from torchrl.data import Bounded, Composite
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss
 
-from objectives.helpers import ACTION, OBSERVATION, Features, make_actor, make_batch, make_critic, router_of, total
+from objectives.helpers import (
+    ACTION,
+    OBSERVATION,
+    Features,
+    Mean,
+    make_actor,
+    make_batch,
+    make_critic,
+    make_policy,
+    router_of,
+    total,
+)
 from torchrl_pmoe import MixtureParamExtractor, PMOEActor, PMOESACLoss, PMOETQCLoss, TanhNormalMixture
 from torchrl_pmoe.distributions import mixture
 
@@ -319,11 +330,11 @@ def test_every_proposal_is_scored_in_its_own_state(batch, backprop):
         total(loss(states)).backward()
 
 
-def test_a_tensordict_of_other_batch_size_is_refused():
-    batch = make_batch(B)
-    batch.batch_size = []
-    with pytest.raises(ValueError, match=r"batch shape \(8,\) for a tensordict of batch size \(\)"):
-        build(make_actor()).actor_loss(batch)
+def test_a_mixture_with_another_batch_shape_is_refused():
+    """An actor that has one mixture for a batch of as many states as experts."""
+    actor = make_policy(K, network=nn.Sequential(Features(K).double(), Mean()))
+    with pytest.raises(ValueError, match=r"batch shape \(\) for a tensordict of batch size \(4,\)"):
+        build(actor).actor_loss(make_batch(K))
 
 
 @pytest.mark.parametrize("coef", [-1.0, float("nan"), float("inf")])

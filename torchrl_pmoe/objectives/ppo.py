@@ -203,7 +203,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     @torch.no_grad()
     def _score(self, tensordict: TensorDictBase, dist: NormalMixture) -> Scored:
         proposals = dist.propose(self._draws)
-        value = self._critic_value(tensordict, proposals.action, per_expert=True)
+        value = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
         return Scored(dist, value, proposals.log_prob() if self._needs_density else torch.zeros_like(value))
 
     @dispatch

@@ -90,6 +90,7 @@ class CriticScoredLoss:
         self.routing_coef = routing_coef
         self.routing_loss = routing_loss
         self.num_proposals = num_proposals
+        self._folds: dict[tuple[int, bool], bool] = {}
 
     @staticmethod
     def _unlisted(qvalue_network: Any) -> Any:
@@ -108,7 +109,7 @@ class CriticScoredLoss:
             )
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
-        """Value ``[*M, *B, K]`` of what the critics put out, theirs the first dimension."""
+        """One value per action, ``[*L, *B, *G]``, of what the critics put out, theirs the first dimension."""
         raise NotImplementedError
 
     @property
@@ -131,21 +132,109 @@ class CriticScoredLoss:
                 f"{type(self).__name__}: the actor must describe a NormalMixture or TanhNormalMixture, "
                 f"got {type(dist).__name__}."
             )
-        if dist.batch_shape != tensordict.batch_size:
+        # what comes behind the batch is the agents of a group, an action each
+        if dist.batch_shape[: tensordict.ndim] != tensordict.batch_size:
             raise ValueError(
-                f"{type(self).__name__}: one action per state is needed, got a mixture of batch shape "
+                f"{type(self).__name__}: every state needs an action, got a mixture of batch shape "
                 f"{tuple(dist.batch_shape)} for a tensordict of batch size {tuple(tensordict.batch_size)}."
             )
 
-    def _critic_value(self, tensordict: TensorDictBase, action: Tensor, *, per_expert: bool) -> Tensor:
-        """Value of actions ``[*M, *B, A]``, or ``[*M, *B, K, A]`` per expert, in the states ``[*B]``."""
-        states = tensordict.select(*self.qvalue_network.in_keys, strict=False).exclude(self.tensor_keys.action)
+    def _critic_value(self, tensordict: TensorDictBase, action: Tensor, *, per_expert: bool, draws: int = 0) -> Tensor:
+        """Value of actions in the states ``[*B]`` of ``tensordict``, by one call of the critics.
+
+        Args:
+            tensordict: states ``[*B]``.
+            action: ``[*M, *B, *G, A]``, or ``[*M, *B, *G, K, A]`` per expert. ``*G`` are the agents of a group, where
+                there are some.
+            per_expert: whether the actions are proposals of the experts.
+            draws: dimensions of ``*M``.
+
+        Returns:
+            ``[*M, *B, *G]``, or ``[*M, *B, *G, K]`` per expert.
+        """
         if per_expert:
-            states = states.unsqueeze(-1)
-        states = states.expand(action.shape[:-1])
+            action = action.movedim(-2, 0)  # [K, *M, *B, *G, A]: a critic may read batch dimensions as time or agents
+        leading = draws + per_expert
+        states = tensordict.select(*self.qvalue_network.in_keys, strict=False).exclude(self.tensor_keys.action)
+        fold = leading > 0 and self._must_fold(states, action, leading)
+        value = self._evaluate(states, action, leading, self._cached_detached_qvalue_params, fold=fold)
+        return value.movedim(0, -1) if per_expert else value
+
+    def _evaluate(
+        self, states: TensorDictBase, action: Tensor, leading: int, params: TensorDictBase, *, fold: bool
+    ) -> Tensor:
+        """Values ``[*L, *B, *G]`` of actions ``[*L, *B, *G, A]`` in the states ``[*B]``, ``*L`` of ``leading`` dims.
+
+        The critics see a batch ``[*L, *B]``, or with ``fold`` ``[L B_0, B_1, ...]``.
+        """
+        lead, batch = action.shape[:leading], states.batch_size
+        states = states.expand(*lead, *batch)
+        if fold:
+            states, action = states.flatten(0, leading), action.flatten(0, leading)
         states.set(self.tensor_keys.action, action)
-        states = self._vmap_qnetworkN0(states, self._cached_detached_qvalue_params)
-        return self._reduce_critics(states.get(self.tensor_keys.state_action_value))
+        value = self._reduce_critics(self._vmap_qnetworkN0(states, params).get(self.tensor_keys.state_action_value))
+        if value.shape != action.shape[:-1]:
+            raise ValueError(
+                f"{type(self).__name__}: the critics must give one value per action, got values of shape "
+                f"{tuple(value.shape)} for actions of shape {tuple(action.shape)}."
+            )
+        return value.unflatten(0, (*lead, batch[0])) if fold else value
+
+    def _must_fold(self, states: TensorDictBase, action: Tensor, leading: int) -> bool:
+        """Whether the critics want ``*L`` inside the first batch dimension; asked of them once for each kind of batch.
+
+        Modules that know ``[*B, ...]`` take any leading dimension. Those that know a single batch dimension
+        (``nn.GRU``, ``nn.Conv2d``, ``nn.BatchNorm1d``) do not.
+        """
+        kind = (states.ndim, self.qvalue_network.training)
+        fold = self._folds.get(kind)
+        if fold is not None:
+            return fold
+        if not _can_look_at(action):
+            return False
+        fold = self._find_fold(states, action, leading)
+        if fold is not None:
+            self._folds[kind] = fold
+        return bool(fold)
+
+    @torch.no_grad()
+    def _find_fold(self, states: TensorDictBase, action: Tensor, leading: int) -> bool | None:
+        """The layout in which the last proposal gets the value that it gets alone; ``None`` if values cannot tell.
+
+        Raises:
+            ValueError: if it gets that value in neither.
+        """
+        flat = action.flatten(0, leading - 1)
+
+        def evaluate(action: Tensor, leading: int, *, fold: bool) -> Tensor:
+            # copies: a critic may keep statistics
+            return self._evaluate(states, action, leading, self._cached_detached_qvalue_params.clone(), fold=fold)
+
+        # a critic may draw numbers, which the run must not miss
+        with torch.random.fork_rng(devices=[action.device] if action.is_cuda else []):
+            alone = evaluate(flat[-1], 0, fold=False)
+            ran: list[tuple[bool, Tensor]] = []
+            why = ""
+            for fold in (False, True) if states.ndim else (False,):
+                try:
+                    value = evaluate(flat, 1, fold=fold)
+                except (RuntimeError, ValueError, IndexError) as error:
+                    why = why or f"it raises {type(error).__name__}: {str(error).splitlines()[0]}"
+                    continue
+                ran.append((fold, value))
+                if _agree(value[-1], alone, value):
+                    return fold if value.any() else None
+            if ran and not _agree(evaluate(flat[-1], 0, fold=False), alone, alone):
+                return ran[0][0]  # a critic that draws gives no two values alike
+        if ran:
+            apart = (ran[0][1][-1] - alone).abs().max().item()
+            why = f"a proposal's value beside the others is up to {apart:.2g} from its value alone"
+        raise ValueError(
+            f"{type(self).__name__}: the critics cannot score the experts' proposals in one call, where these are the "
+            f"first dimension of states {tuple(states.batch_size)}: {why}. A critic must treat what comes before the "
+            "batch as separate inputs: no batch normalisation in training mode, no time or agents read from the first "
+            "dimension."
+        )
 
     @torch.no_grad()
     def score_proposals(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
@@ -153,10 +242,14 @@ class CriticScoredLoss:
 
         Args:
             tensordict: states ``[*B]``.
-            action: proposals ``[*B, K, A]``.
+            action: proposals ``[*B, K, A]``; of the agents of a group, ``[*B, *G, K, A]``. An expert's proposals of all
+                agents are scored together.
 
         Returns:
-            ``[*B, K]``.
+            ``[*B, K]``, or ``[*B, *G, K]``.
+
+        Raises:
+            ValueError: if the critics cannot score all proposals in one call.
         """
         return self._critic_value(tensordict, action, per_expert=True)
 
@@ -198,6 +291,25 @@ class CriticScoredLoss:
             "expert_usage": probs.mean(0),
             "best_expert_value": scored.value.amax(-1).mean(),
         }
+
+
+def _can_look_at(value: Tensor) -> bool:
+    """Whether the host may read ``value`` here: not while a graph is traced or recorded, and not under ``vmap``."""
+    if torch.compiler.is_compiling() or value.is_meta or not value.numel():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
+    """Whether two values differ by rounding alone, which may be that of another kernel; ``scale`` holds their size."""
+    reduced = torch.is_autocast_enabled(value.device.type) or (
+        value.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    )
+    eps = torch.finfo(torch.bfloat16 if reduced else value.dtype).eps
+    size = scale.nan_to_num(0.0, 0.0, 0.0).abs().amax().item()
+    return torch.allclose(value, other, rtol=0.0, atol=32 * eps + eps**0.4 * size, equal_nan=True)
 
 
 class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
@@ -299,18 +411,18 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
         self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
     ) -> tuple[Tensor, Tensor, Scored]:
         with torch.no_grad():
-            value = self._critic_value(tensordict, proposals.action, per_expert=True)
+            value = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
             draws = value.shape[: -1 - len(dist.batch_shape)]
             index = value.argmax(-1) if self.backprop == "max" else dist.sample_expert(draws)
             density = proposals.log_prob() if self._needs_density else torch.zeros_like(value)
         action, log_prob = proposals.select(index)
-        loss = self._alpha * log_prob - self._critic_value(tensordict, action, per_expert=False)
+        loss = self._alpha * log_prob - self._critic_value(tensordict, action, per_expert=False, draws=len(draws))
         return loss, log_prob, Scored(dist, value, density)
 
     def _every_expert(
         self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
     ) -> tuple[Tensor, Tensor, Scored]:
-        value = self._critic_value(tensordict, proposals.action, per_expert=True)
+        value = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
         density = proposals.log_prob()
         loss = self._alpha * density - value
         scored = Scored(dist, value.detach(), density.detach())
