@@ -46,7 +46,6 @@ _NOT_HERE = (
     "loss.routing_loss",
     "loss.num_proposals",
     "logger.eval_expert",
-    "logger.rank_states",
 )
 RULES: dict[str, Rule] = {
     **{key: rule for key, rule in ppo_pmoe.RULES.items() if key in _SHARED or ("." in key and key not in _NOT_HERE)},

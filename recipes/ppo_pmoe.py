@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from common import UsageError
 from normalization import NormalizedPolicy, RunningNormalization
 from omegaconf import DictConfig
 from policies import build_experts_actor, describe
-from ranking import Ranking, measure_ranking
 from rules import Rule, choice, either, flag, integer, number, widths
 from tensordict import TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictModuleBase
@@ -73,7 +72,6 @@ RULES: dict[str, Rule] = {
     "loss.loss_critic_type": choice("l2", "l1", "smooth_l1"),
     "loss.entropy_coeff": number(at_least=0),
     "loss.qvalue_coeff": number(above=0),
-    "logger.rank_states": either(integer(2, 2**20), 0),
 }
 
 PAPER = {
@@ -434,15 +432,6 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     trainer, schedule = build_trainer(cfg, run_dir, agent, collector, buffer)
     drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
 
-    def diagnose(frames: int) -> dict[str, float]:
-        row = diagnose_agent(agent, buffer[:].select("observation"))
-        if critic_scored(cfg) and cfg.num_experts > 1 and cfg.logger.rank_states:
-            found = Ranking(math.nan, math.nan, math.nan)
-            if frames >= cfg.total_frames:
-                found = measure_ranking(cfg, agent, cfg.logger.rank_states)
-            row.update({f"qvalue_rank_{name}": value for name, value in asdict(found).items()})
-        return row
-
     if cfg.policy == "pmoe":
         runs.watch_experts(trainer, actor, lambda: buffer[:].select("observation"))
     checkpoint = resume.checkpoint_to_resume(cfg)
@@ -454,7 +443,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         algorithm="PPO",
         about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
         loss_columns=LOSS_COLUMNS,
-        diagnose=diagnose,
+        diagnose=lambda frames: diagnose_agent(agent, buffer[:].select("observation")),
         checkpoint=checkpoint,
         on_resume=lambda: rescale(schedule),
     )

@@ -197,7 +197,7 @@ def apply_changes(old: DictConfig, cfg: DictConfig, changeable: tuple[str, ...] 
     """
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").split("=", 1)[0]
-        if key.startswith(changeable) and key != "logger.rank_states":  # that one adds columns
+        if key.startswith(changeable):
             OmegaConf.update(old, key, OmegaConf.select(cfg, key))
         elif key != "resume":
             raise UsageError(

@@ -50,7 +50,6 @@ def overrides(args: argparse.Namespace, options: Sequence[str], backend: str | N
         "device=cpu",
         f"optim.num_threads={args.threads}",
         f"collector.num_envs={args.num_envs}",
-        "logger.rank_states=0",
         *([] if backend is None else [f"collector.backend={backend}"]),
         *options,
         *args.overrides,

@@ -221,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = next(recipe for recipe in FRAMES if recipe.__name__ == args.recipe)
     warm_up, frames = (given or usual for given, usual in zip((args.warm_up, args.frames), FRAMES[recipe], strict=True))
     given = [f"optim.num_threads={args.threads}", "device=cpu"]
-    given.append(f"collector.init_random_frames={warm_up // 2}" if recipe is sac_pmoe else "logger.rank_states=0")
+    if recipe is sac_pmoe:
+        given.append(f"collector.init_random_frames={warm_up // 2}")
     options = variants(recipe)
     try:
         configs = {

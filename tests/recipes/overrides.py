@@ -81,7 +81,7 @@ _SHORT_ON_POLICY = {
 }
 BASES: dict[str, dict[str, str]] = {
     "sac_pmoe": {"env": "Pendulum-v1", **_SHORT_OFF_POLICY},
-    "ppo_pmoe": {**_SHORT_ON_POLICY, "network.qvalue_hidden_sizes": "[16,16]", "logger.rank_states": "0"},
+    "ppo_pmoe": {**_SHORT_ON_POLICY, "network.qvalue_hidden_sizes": "[16,16]"},
     "dac": _SHORT_ON_POLICY,
     "target_reaching": {
         **_SHORT_OFF_POLICY,
@@ -126,7 +126,6 @@ SPECIAL: dict[str, list[str]] = {
         *(name for name in ("tensorboard", "wandb", "mlflow", "trackio") if find_spec(name) is None),
     ],
     "logger.eval_interval": _words("20 1e2 1e12 0"),
-    "logger.rank_states": _words("0 2 1"),
     "num_seeds": _words("1 2 0"),
     "optim.utd_ratio": _words("0.25 0.5 1 2 1.5 0 -1"),
     "seed": _words("0 7 2147483647 2147483648 2146483648 2144483648 4294967295"),
@@ -328,9 +327,7 @@ class Outcome:
         return [line for line in re.split(r"[\r\n]|\x1b\[A", self.stderr) if line.strip() and not BAR.fullmatch(line)]
 
 
-BAR = re.compile(
-    r" *(ranking: +)?(\d+%\|.*\| *)?\S+/?\S* *(frames|state|run)? ?\[\d\d:\d\d.*(frames|state|run|s)\S*(, .*)?\]"
-)
+BAR = re.compile(r" *(\d+%\|.*\| *)?\S+/?\S* *(frames|run)? ?\[\d\d:\d\d.*(frames|run|s)\S*(, .*)?\]")
 """A progress bar as tqdm prints it between two carriage returns."""
 
 

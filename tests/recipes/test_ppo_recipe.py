@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 from functools import partial
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -14,14 +12,12 @@ import recipe_runs
 import torch
 from omegaconf import OmegaConf
 from recipe_runs import assert_a_line_and_a_progress_bar, assert_one_line, assert_refused, common, rows, timeless_rows
-from scipy.stats import spearmanr
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.checkpoint import Checkpoint
 
 import ppo_pmoe  # isort: skip
 from normalization import NormalizedPolicy, RunningNormalization  # isort: skip
-from ranking import _Copies, proposal_ranking, rank_correlation  # isort: skip
 from recording import RunRecorder  # isort: skip
 from resume import load_components, open_run  # isort: skip
 
@@ -37,8 +33,7 @@ MIXTURE_COLUMNS = ("return_mean", "return_std", "loss_objective", "loss_critic",
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ppo")
-    done = start(*SMALL, "num_experts=3", "scoring=critic", "logger.rank_states=2", "hydra.run.dir=run",
-                 directory=directory)  # fmt: skip
+    done = start(*SMALL, "num_experts=3", "scoring=critic", "hydra.run.dir=run", directory=directory)
     return directory / "run", done
 
 
@@ -66,12 +61,10 @@ def test_run_directory_holds_config_metrics_checkpoints_and_plot(run):
         assert sum(float(row[f"usage_{k}"]) for k in range(3)) == pytest.approx(1.0, abs=1e-4)
         for name in (*MIXTURE_COLUMNS, "loss_routing", "loss_qvalue"):
             assert row[name] != "", name
-    assert table[0]["qvalue_rank_correlation"] == ""
-    assert -1 <= float(table[1]["qvalue_rank_correlation"]) <= 1
 
 
 def test_same_seed_gives_the_same_metrics(run, tmp_path):
-    start(*SMALL, "num_experts=3", "scoring=critic", "logger.rank_states=2", "hydra.run.dir=run", directory=tmp_path)
+    start(*SMALL, "num_experts=3", "scoring=critic", "hydra.run.dir=run", directory=tmp_path)
     assert timeless_rows(run[0]) == timeless_rows(tmp_path / "run")
 
 
@@ -82,9 +75,9 @@ def test_same_seed_gives_the_same_metrics(run, tmp_path):
         ["policy=gaussian", "actions=bounded", "optim.anneal_lr=false", "loss.clip_value=false"],
         ["scoring=responsibility", "actions=bounded", "loss.entropy_coeff=0.01", "network.router=detached"],
         ["scoring=frequency", "optim.router_lr=1e-3", "collector.num_envs=2", "normalization.reward=false"],
-        ["preset=paper", "logger.rank_states=0"],
+        ["preset=paper"],
         ["scoring=critic", "routing=soft_frequency", "loss.entropy_coeff=0.01", "loss.num_proposals=2",
-         "logger.rank_states=0", "normalization.observation=false"],
+         "normalization.observation=false"],
     ],
     ids=lambda args: "-".join(args[:2]),
 )  # fmt: skip
@@ -102,7 +95,7 @@ def test_every_kind_of_run_ends_well(args, tmp_path):
          "gating of 4 experts, 476 parameters (68 of them the router's)"),
         (["policy=mcp", "actions=bounded"], "mcp of 4 experts, 424 parameters (16 of them the router's)"),
         (["policy=gaussian"], "gaussian, 354 parameters"),
-        (["scoring=critic", "routing=score_function", "logger.rank_states=0"],
+        (["scoring=critic", "routing=score_function"],
          "pmoe of 4 experts, 424 parameters (16 of them the router's)"),
     ],
     ids=lambda x: "-".join(x[:2]) if isinstance(x, list) else "",
@@ -257,9 +250,8 @@ def test_statistics_go_on_counting_after_a_resume(resumed):
     [
         ([], "total_frames=1024: must be above the 1024 frames"),
         (["env=Hopper-v4"], "env=Hopper-v4: must be left out with resume=run"),
-        (["logger.rank_states=2"], "logger.rank_states=2: must be left out with resume=run"),
     ],
-    ids=["finished", "other-env", "other-columns"],
+    ids=["finished", "other-env"],
 )
 def test_a_resume_that_makes_no_sense_is_one_line(args, begins, resumed):
     assert_one_line(start("resume=run", *args, directory=resumed[0]), begins)
@@ -384,52 +376,3 @@ def test_statistics_survive_a_checkpoint(tmp_path):
     Checkpoint(normalization=old).save(tmp_path / "checkpoint")
     Checkpoint(normalization=new).load(tmp_path / "checkpoint")
     assert all(torch.equal(value, new.state_dict()[key]) for key, value in old.state_dict().items())
-
-
-# ------------------------------------------------------------------------------------------------ ranking
-
-
-def test_rank_correlation_is_spearmans_over_the_experts_of_a_state():
-    rng = np.random.default_rng(0)
-    scores, returns = rng.normal(size=(5, 7)), rng.normal(size=(5, 7, 4))
-    found = rank_correlation(scores, returns)
-    expected = [spearmanr(scores[s], returns[s].mean(-1)).statistic for s in range(5)]
-    assert found.correlation == pytest.approx(np.mean(expected))
-    assert found.standard_error == pytest.approx(np.std(expected, ddof=1) / math.sqrt(5))
-    halves = [spearmanr(returns[s, :, :2].mean(-1), returns[s, :, 2:].mean(-1)).statistic for s in range(5)]
-    assert found.reliability == pytest.approx(np.mean(halves))
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_ranking_of_a_known_value_is_found(sign, monkeypatch):
-    """On the pendulum, one step long: the cost of a torque is what the environment says it is."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    torques = np.array([[-2.0], [-0.7], [0.1], [1.3]], dtype=np.float32)
-
-    def propose(observation):
-        return torques, -sign * torques.squeeze(-1) ** 2
-
-    found = proposal_ranking(
-        "Pendulum-v1",
-        lambda observation: np.zeros((len(observation), 1), dtype=np.float32),
-        propose,
-        num_experts=4,
-        states=3,
-        gamma=0.9,
-        seed=0,
-        horizon=1,
-        warmup=20,
-        show=False,
-    )
-    assert found.correlation == pytest.approx(sign)
-    assert found.reliability == pytest.approx(1.0)
-
-
-def test_what_follows_a_proposal_is_the_same_luck_for_every_one():
-    """Equal actions have equal returns in each rollout, and the rollouts differ."""
-    copies = _Copies("Pendulum-v1", 6)
-    copies.reset(0)
-    returns = copies.apart(np.zeros((3, 1), dtype=np.float32), lambda o: torch.randn(len(o), 1).numpy(), 20, 0.99)
-    copies.close()
-    assert (returns == returns[0]).all()
-    assert returns[0, 0] != returns[0, 1]

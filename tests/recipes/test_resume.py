@@ -76,7 +76,7 @@ def go_on_here(recipe, run: Path, train=None) -> None:
         (sac_pmoe, [*SAC, "on_nonfinite=skip", "optim.router_lr=1e-3", "collector.frames_per_batch=10"], 120),
         (sac_pmoe, [*SAC, "collector.init_random_frames=120"], 60),
         (ppo_pmoe, [*PPO], 256),
-        (ppo_pmoe, [*PPO, "env=HalfCheetah-v4", "scoring=critic", "logger.rank_states=0", "collector.num_envs=2"], 512),
+        (ppo_pmoe, [*PPO, "env=HalfCheetah-v4", "scoring=critic", "collector.num_envs=2"], 512),
         (ppo_pmoe, [*PPO, "collector.backend=serial", "on_nonfinite=skip", "actions=bounded"], 384),
         (dac, [*PPO], 384),
     ],
