@@ -27,7 +27,6 @@ import argparse
 import csv
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -39,6 +38,7 @@ import common
 import dac
 import numpy as np
 import ppo_pmoe
+import process
 import runs
 import sac_pmoe
 import seeds
@@ -233,10 +233,7 @@ def _write_rows(path: Path, header: Sequence[str], rows: Any) -> None:
 
 def draw(cfg: DictConfig, episode: Episode, path: Path) -> None:
     """Weights of the experts, who acts, and the sum of rewards, along an episode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from figures import mpl, subplots
 
     name = "option" if cfg.policy == "dac" else "expert"
     steps, weights, experts = len(episode.rewards), episode.weights, episode.experts
@@ -246,8 +243,8 @@ def draw(cfg: DictConfig, episode: Episode, path: Path) -> None:
         heights = [3, 0.4 + 0.08 * weights.shape[1], 2.5]
     elif weights is not None:
         heights = [3, 2.5]
-    fig, axes = plt.subplots(
-        len(heights), 1, sharex=True, squeeze=False, height_ratios=heights, layout="constrained",
+    fig, axes = subplots(
+        len(heights), 1, sharex=True, squeeze=False, height_ratios=heights,
         figsize=(9, 1.2 + sum(heights)),
     )  # fmt: skip
     panels = list(axes[:, 0])
@@ -255,7 +252,7 @@ def draw(cfg: DictConfig, episode: Episode, path: Path) -> None:
     if weights is not None:
         number = weights.shape[1]
         # cividis keeps its order of lightness under every kind of colour blindness
-        colors = plt.get_cmap("cividis")(np.linspace(0.05, 0.95, number))
+        colors = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, number))
         held = np.concatenate([weights, weights[-1:]]).T
         panels[0].stackplot(
             edges, held, step="post", antialiased=False, colors=colors, labels=[str(k) for k in range(number)]
@@ -278,7 +275,6 @@ def draw(cfg: DictConfig, episode: Episode, path: Path) -> None:
     panels[-1].set_xlim(0, steps)
     fig.align_ylabels(panels)
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -337,15 +333,10 @@ def evaluate(trained: Trained, output: Path, *, number: int, seed: int, max_step
     return reason
 
 
-def _complain(message: str) -> None:
-    """One line on stderr, whatever a name holds."""
-    print("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message), file=sys.stderr)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Without the usage."""
-        _complain(f"error: {message}")
+        process.complain(f"error: {message}")
         sys.exit(2)
 
 
@@ -411,23 +402,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             video=args.video is not False,
         )
     except (UsageError, NonFiniteError) as error:
-        _complain(f"error: {error}")
+        process.complain(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        _complain(f"error: {error.filename}: {error.strerror}")
+        process.complain(f"error: {error.filename}: {error.strerror}")
         return 1
     except (KeyboardInterrupt, RuntimeError) as error:
         # a tensordict's context manager answers an interrupt with an error of its own
         if KeyboardInterrupt not in (type(error), type(error.__context__)):
             raise
-        _complain("interrupted")
+        process.complain("interrupted")
         return 130
     if reason is not None:
-        _complain(f"no video: {reason}")
+        process.complain(f"no video: {reason}")
     return int(reason is not None and args.video is True)
 
 
 if __name__ == "__main__":
-    # an exit, not a death: a film that is not finished is taken away
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # a film that is not finished is taken away
+    process.ready()
     sys.exit(main())

@@ -176,17 +176,12 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 
 def plot_run(path: Path, title: str) -> Path:
     """Draw ``learning_curve.png`` beside a ``metrics.csv``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from figures import mpl, subplots
 
     data = read_metrics(path)
     frames = data["frames"]
     usage = [data[name] for name in data if re.fullmatch(r"usage_\d+", name)]
-    fig, axes = plt.subplots(
-        1 + bool(usage), 1, sharex=True, figsize=(7, 6 if usage else 4), squeeze=False, layout="constrained"
-    )
+    fig, axes = subplots(1 + bool(usage), 1, sharex=True, figsize=(7, 6 if usage else 4), squeeze=False)
     top = axes[0, 0]
     mean, std = data["return_mean"], data["return_std"]
     top.plot(frames, mean, color="#0072B2", marker="o" if len(frames) < 30 else None, markersize=3)
@@ -196,7 +191,7 @@ def plot_run(path: Path, title: str) -> Path:
     if usage:
         bottom = axes[1, 0]
         # cividis keeps its order of lightness under every kind of colour blindness
-        colors = plt.get_cmap("cividis")(np.linspace(0.05, 0.95, len(usage)))
+        colors = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, len(usage)))
         labels = [str(index) for index in range(len(usage))]
         bottom.stackplot(frames, usage, colors=colors, labels=labels, edgecolor="white", linewidth=0.5)
         bottom.set(ylabel="expert usage", ylim=(0, 1))
@@ -205,5 +200,4 @@ def plot_run(path: Path, title: str) -> Path:
     axes[-1, 0].set_xlabel("frames")
     target = path.with_name("learning_curve.png")
     fig.savefig(target, dpi=150)
-    plt.close(fig)
     return target

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from figures import mpl, subplots
 from intervals import Estimate, interquartile_mean, probability_of_improvement
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -180,11 +180,8 @@ def _expert_legend(fig: Any, count: int) -> None:
 
 def draw_trajectories(path: Path, records: Records, task: TargetReachingTask, data: pd.DataFrame) -> None:
     """Ten episodes of each policy, stochastic above, deterministic below, of the first seed."""
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(
+    fig, axes = subplots(
         2, len(records), figsize=(3.1 * len(records) + 1, 6.9), squeeze=False, sharex=True, sharey=True,
-        layout="constrained",
     )  # fmt: skip
     most = 1
     for column, (policy, seeds) in enumerate(records.items()):
@@ -201,20 +198,15 @@ def draw_trajectories(path: Path, records: Records, task: TargetReachingTask, da
     if most > 1:
         _expert_legend(fig, most)
     fig.savefig(path)
-    plt.close(fig)
 
 
 def draw_experts(path: Path, records: Records, task: TargetReachingTask) -> None:
     """Ten episodes of each expert acting alone, of the first seed; a panel per policy."""
-    import matplotlib.pyplot as plt
-
     mixtures = {policy: next(iter(seeds.values())) for policy, seeds in records.items()}
     mixtures = {policy: record for policy, record in mixtures.items() if "alone0_path" in record}
     if not mixtures:
         return
-    fig, axes = plt.subplots(
-        1, len(mixtures), figsize=(4 * len(mixtures) + 1.2, 5.2), squeeze=False, sharey=True, layout="constrained"
-    )
+    fig, axes = subplots(1, len(mixtures), figsize=(4 * len(mixtures) + 1.2, 5.2), squeeze=False, sharey=True)
     most = 1
     for ax, (policy, record) in zip(axes[0], mixtures.items(), strict=True):
         _plane(ax, task)
@@ -227,7 +219,6 @@ def draw_experts(path: Path, records: Records, task: TargetReachingTask) -> None
         ax.set_xlabel("success " + ", ".join(reached))
     _expert_legend(fig, most)
     fig.savefig(path)
-    plt.close(fig)
 
 
 def _band(ax: Axes, frames: Array, samples: Array, policy: str) -> None:
@@ -243,11 +234,9 @@ def _band(ax: Axes, frames: Array, samples: Array, policy: str) -> None:
 
 def draw_exploration(path: Path, records: Records, task: TargetReachingTask) -> None:
     """Where the first frames went: the Gaussian beside two mixtures (first seed), and cells against frames."""
-    import matplotlib.pyplot as plt
-
     shown: list[str] = [policy for policy in ("gaussian", "pmoe", "pmoe_soft") if policy in records]
-    fig, axes = plt.subplots(
-        1, len(shown) + 1, figsize=(4.4 * len(shown) + 8, 4.8), squeeze=False, layout="constrained",
+    fig, axes = subplots(
+        1, len(shown) + 1, figsize=(4.4 * len(shown) + 8, 4.8), squeeze=False,
         width_ratios=[*[1.0] * len(shown), 1.5],
     )  # fmt: skip
     for ax, policy in zip(axes[0], shown, strict=False):
@@ -269,14 +258,11 @@ def draw_exploration(path: Path, records: Records, task: TargetReachingTask) -> 
     axes[0, -1].grid(alpha=0.3)
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     fig.savefig(path)
-    plt.close(fig)
 
 
 def draw_curves(path: Path, records: Records, directory: Path) -> None:
     """Evaluation return against frames."""
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(11, 5.5), layout="constrained")
+    fig, ax = subplots(figsize=(11, 5.5))
     for policy, seeds in records.items():
         runs = [pd.read_csv(directory / f"{policy}-seed{seed}" / "metrics.csv") for seed in seeds]
         _band(ax, runs[0]["frames"].to_numpy(), np.stack([run["return_mean"] for run in runs]), policy)
@@ -285,13 +271,10 @@ def draw_curves(path: Path, records: Records, directory: Path) -> None:
     ax.grid(alpha=0.3)
     fig.legend(loc="outside right upper")
     fig.savefig(path)
-    plt.close(fig)
 
 
 def draw_routes(path: Path, data: pd.DataFrame) -> None:
     """Effective number of routes, success rate and entropy of every policy: every seed, and the interquartile mean."""
-    import matplotlib.pyplot as plt
-
     policies = list(data["policy"].unique())
     panels: list[tuple[str, Callable[[pd.DataFrame], bool], str]] = [
         ("effective routes", lambda frame: frame["kind"] != "", "effective_routes"),
@@ -299,7 +282,7 @@ def draw_routes(path: Path, data: pd.DataFrame) -> None:
         ("policy entropy (nats)", lambda frame: frame["kind"] == "stochastic", "entropy"),
     ]
     looks = {"stochastic": ("o", "#0072B2"), "deterministic": ("s", "#D55E00"), "drawn": ("^", "#009E73")}
-    fig, axes = plt.subplots(1, 3, figsize=(16, 0.75 * len(policies) + 2), sharey=True, layout="constrained")
+    fig, axes = subplots(1, 3, figsize=(16, 0.75 * len(policies) + 2), sharey=True)
     for ax, (name, keep, column) in zip(axes, panels, strict=True):
         chosen = data[keep(data)]
         for place, policy in enumerate(policies):
@@ -324,12 +307,10 @@ def draw_routes(path: Path, data: pd.DataFrame) -> None:
     labels = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     fig.legend(labels.values(), labels.keys(), loc="outside right upper")
     fig.savefig(path)
-    plt.close(fig)
 
 
 def report(directory: Path, names: Sequence[str], task: TargetReachingTask, exploration_frames: int) -> str:
     """Write ``routes.csv``, ``cells.csv`` and the pictures into ``directory``; the table in markdown."""
-    mpl.use("Agg")
     records = read_records(directory, names)
     data = rows(records, directory, task)
     data.to_csv(directory / "routes.csv", index=False, float_format="%.4f")

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import baselines3
-import matplotlib as mpl
 import pandas as pd
+from figures import subplots
 from rounds import at_least_one
 from tqdm import tqdm
 
@@ -118,11 +118,8 @@ def collect(args: argparse.Namespace) -> pd.DataFrame:
 
 def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
     """One panel a task and algorithm: every seed thin, the mean thick, the published seeds' mean ± std as a band."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = list(data.groupby(["algorithm", "env"], sort=False).groups)
-    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), layout="constrained", squeeze=False)
+    fig, axes = subplots(1, len(panels), figsize=(5 * len(panels), 4.2), squeeze=False)
     for ax, (algorithm, env) in zip(axes[0], panels, strict=True):
         here = data[(data["algorithm"] == algorithm) & (data["env"] == env)]
         last = here["frames"].max()
@@ -151,7 +148,6 @@ def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small", loc="upper left")
     fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 def table(data: pd.DataFrame, published: pd.DataFrame) -> str:

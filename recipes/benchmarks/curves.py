@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from figures import subplots
 
 # eight hues that stay apart under every kind of colour blindness (Okabe and Ito), each with a marker of its own
 STYLES = tuple(zip(("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"),
@@ -22,10 +26,7 @@ MODES = ("effective_experts", "effective_experts_per_state", "mutual_information
 
 def draw(runs: dict[str, pd.DataFrame], title: str, path: Path) -> None:
     """Evaluation return (mean and standard deviation over episodes) against frames, one line a run."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(11, 5.5), layout="constrained")
+    fig, ax = subplots(figsize=(11, 5.5))
     method = {name: re.sub(r"-seed\d+$", "", name) for name in runs}
     methods = sorted(set(method.values()))
     first = {method[name]: name for name in sorted(runs, reverse=True)}
@@ -45,7 +46,6 @@ def draw(runs: dict[str, pd.DataFrame], title: str, path: Path) -> None:
     ax.grid(alpha=0.3)
     fig.legend(title="run, last return", loc="outside right upper")
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 def table(runs: dict[str, pd.DataFrame]) -> str:

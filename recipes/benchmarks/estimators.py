@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ from torch import Tensor, nn
 from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import SACLoss
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 RESULTS = Path(__file__).parents[1] / "results"
 EXPERTS = (2, 4, 16)
@@ -287,15 +290,10 @@ def table(rows: Sequence[Row], points: Sequence[Point]) -> str:
 
 def plot(points: Sequence[Point], path: Path) -> None:
     """Error over samples, both logarithmic, one panel a number of experts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from figures import subplots
 
     experts = sorted({point.experts for point in points})
-    figure, axes = plt.subplots(
-        1, len(experts), figsize=(5.6 * len(experts), 8), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(1, len(experts), figsize=(5.6 * len(experts), 8), sharex=True, sharey=True, squeeze=False)
     for axis, num_experts in zip(axes[0], experts, strict=True):
         axis.axhline(1.0, color="black", linestyle=":", linewidth=1.5)
         for i, estimator in enumerate(ESTIMATORS):
@@ -323,7 +321,6 @@ def plot(points: Sequence[Point], path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=16, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def write(rows: Sequence[Row] | Sequence[Point], path: Path) -> None:

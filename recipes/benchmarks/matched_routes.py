@@ -14,11 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from figures import mpl, subplots
 from intervals import interquartile_mean, probability_of_improvement
 from routes_report import LABELS, POLICY_STYLES, STYLE
 
@@ -64,11 +64,8 @@ def table(found: dict[tuple[str, str], pd.DataFrame], control: str) -> str:
 
 def draw(found: dict[tuple[str, str], pd.DataFrame], path: Path) -> None:
     """Effective routes and success against entropy: a point a seed, a large one for the interquartile means."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 2, figsize=(15, 5.5), sharex=True, layout="constrained")
+        fig, axes = subplots(1, 2, figsize=(15, 5.5), sharex=True)
         for (policy, _), rows in found.items():
             color, marker = POLICY_STYLES[policy]
             for ax, column in zip(axes, ("effective_routes", "success"), strict=True):
@@ -84,7 +81,6 @@ def draw(found: dict[tuple[str, str], pd.DataFrame], path: Path) -> None:
         handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
         fig.legend(handles.values(), handles.keys(), loc="outside right upper")
         fig.savefig(path)
-        plt.close(fig)
 
 
 def main(argv: list[str] | None = None) -> str:

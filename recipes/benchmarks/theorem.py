@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from tqdm import tqdm
 
 from torchrl_pmoe import TanhNormalMixture
 from torchrl_pmoe.distributions.routing import best_proposal, brier_loss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 RESULTS = Path(__file__).parents[1] / "results"
 CHUNK = 1_000_000  # draws of all experts in memory at once, repeats included
@@ -209,13 +212,10 @@ def table(verdicts: dict[str, Verdict]) -> str:
 
 def plot(measurements: Sequence[Measurement], verdicts: dict[str, Verdict], path: Path) -> None:
     """Error over draws, both logarithmic; dashed, what the covariance of one draw predicts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from figures import subplots
 
     styles = zip(("#0072B2", "#D55E00", "#009E73", "#000000"), ("o", "s", "^", "D"), strict=True)
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, axes = subplots(figsize=(8, 5.5))
     for (name, verdict), (colour, marker) in zip(verdicts.items(), styles, strict=False):
         here = [m for m in measurements if m.case == name]
         draws = [m.draws for m in here]
@@ -230,7 +230,6 @@ def plot(measurements: Sequence[Measurement], verdicts: dict[str, Verdict], path
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Verdict]:

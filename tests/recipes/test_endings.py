@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -144,3 +145,78 @@ def test_an_interrupt_ends_a_sweep_once_the_running_job_has_its_checkpoint(tmp_p
     assert stopped.endswith("resume=s/1")
     assert failed.startswith("failed: seed=nope in s/0: ")
     assert [path.name for path in Path(tmp_path, "s").iterdir() if path.is_dir()] == ["1"]
+
+
+# ----------------------------------------------------------------------------------------------- terminals
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.no_such_backend", "nonsense", "pdf"])
+def test_pictures_are_drawn_whatever_backend_a_notebook_has_left(backend, tmp_path):
+    code = (
+        "import os, figures; figure, axes = figures.subplots(figsize=(1, 1)); axes.plot([1, 2]);"
+        "figure.savefig('a.png'); print(os.environ['MPLBACKEND'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(RECIPES)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, backend), done.stderr
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_imports_of_a_recipe_end_in_one_line_for_a_renderer_that_is_none(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "evaluate.py"), "run"],
+        cwd=tmp_path,
+        env={**os.environ, "MUJOCO_GL": "nonsense"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: MUJOCO_GL=nonsense: must be egl, osmesa, glfw or disable")
+
+
+@pytest.mark.parametrize("recipe", ["sac_pmoe", "evaluate"])
+def test_an_interrupt_while_modules_are_imported_is_one_line(recipe, tmp_path):
+    # a module that stands for PyTorch, of which a second is enough
+    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(600)")
+    running = subprocess.Popen(
+        [sys.executable, str(RECIPES / f"{recipe}.py")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert running.stdout.readline() == "importing\n"
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=600)
+    assert (running.returncode, err) == (130, "interrupted\n")
+
+
+def test_a_warning_is_one_line_and_odd_letters_do_not_end_a_run(tmp_path):
+    code = (
+        "import process, warnings; process.begin(); warnings.warn('two\\nlines', stacklevel=1);"
+        "print('1 \u00b1 2'); raise ValueError('\u00e9')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(RECIPES), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == "1 \\xb1 2\n"
+    warning, error = done.stderr.splitlines()
+    assert warning == r"warning: two\nlines"
+    assert error.startswith(r"error: ValueError: \xe9; the traceback is in ")

@@ -26,6 +26,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 import dac  # isort: skip
 import episodes  # isort: skip
+import figures  # isort: skip
 import evaluate  # isort: skip
 import ppo_pmoe  # isort: skip
 import runs  # isort: skip
@@ -349,15 +350,14 @@ def test_a_gaussian_has_one_expert(trained, capsys):
     ("policy", "experts", "panels"), [("pmoe", 1, 3), ("pmoe", 16, 3), ("dac", 4, 3), ("mcp", 4, 2), ("gaussian", 0, 1)]
 )
 def test_a_picture_shows_weights_who_acts_and_rewards_where_there_are_any(policy, experts, panels, tmp_path):
-    from matplotlib import pyplot as plt
-
     steps, generator = 30, np.random.default_rng(0)
     weights = generator.dirichlet(np.ones(experts), steps) if experts else None
     acts = weights.argmax(-1) if weights is not None and policy != "mcp" else None
     rewards = generator.standard_normal(steps)
     shown: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plt, "close", shown.append)
+        made = figures.Figure
+        patch.setattr(figures, "Figure", lambda **kwargs: shown.append(made(**kwargs)) or shown[-1])
         episode = episodes.Episode(7, rewards, np.zeros((steps, 2)), None, acts, weights)
         draw(SimpleNamespace(env="Some-v0", policy=policy), episode, tmp_path / "experts.png")
     assert (tmp_path / "experts.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -374,7 +374,6 @@ def test_a_picture_shows_weights_who_acts_and_rewards_where_there_are_any(policy
         strip = axes[1].images[0].get_array()
         np.testing.assert_array_equal(np.asarray(strip)[..., 3].argmax(0), acts)
         np.testing.assert_array_equal((np.asarray(strip)[..., 3] > 0).sum(0), 1)
-    plt.close(figure)
 
 
 # ----------------------------------------------------------------------------------------------- video
