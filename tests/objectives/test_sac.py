@@ -355,6 +355,8 @@ def test_a_coefficient_that_makes_no_sense_is_refused(coef):
         ({"routing": "foo"}, "'foo' is unknown; allowed"),
         ({"backprop": "foo"}, "'foo' is unknown; allowed: max, all, routed, weighted"),
         ({"routing_loss": "foo"}, "'foo' is unknown; allowed: brier, log"),
+        ({"decoupled": 1}, "decoupled=1 must be True or False"),
+        ({"decoupled": True, "backprop": "all"}, "decoupled=True goes with backprop='max' alone.*'all'"),
         ({"entropy_from": "foo"}, "'foo' is unknown; allowed: policy, winner"),
         ({"num_proposals": 0}, "num_proposals=0 must be an integer of at least 1"),
     ],

@@ -42,6 +42,7 @@ LOSSES = {
     "Gaussian": lambda: SACLoss(gaussian(), critic(), alpha_init=0.3),
     "gradient-scored": lambda: SACLoss(mixture(routing="soft_frequency"), critic(), alpha_init=0.3),
     "frequency, max, expert": lambda: PMOESACLoss(mixture(score="expert"), critic(), alpha_init=0.3),
+    "decoupled": lambda: PMOESACLoss(mixture(), critic(), decoupled=True, num_proposals=2, alpha_init=0.3),
     "soft, weighted": lambda: PMOESACLoss(
         mixture(), critic(), routing="soft_frequency", backprop="weighted", num_proposals=2, alpha_init=0.3
     ),

@@ -316,6 +316,8 @@ def setups(
     }
     if kind != "ppo":
         options["backprop"] = draw(st.sampled_from(BACKPROPS))
+        options["decoupled"] = options["backprop"] == "max" and draw(st.booleans())
+        options["entropy_from"] = draw(st.sampled_from(["policy", "winner"]))
     return Setup(
         kind=kind,
         # PPO's diagnostics need a dimension

@@ -29,7 +29,7 @@ from torch import nn
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_pmoe import NormalMixture, PMOEActor
-from torchrl_pmoe.distributions import mixture
+from torchrl_pmoe.distributions import ExpertProposals, mixture
 
 LOSSES = {
     "sac": {"loss_actor", "loss_qvalue", "loss_alpha", "loss_routing"},
@@ -47,11 +47,23 @@ def made(setup, **options):
 
 
 @contextmanager
-def pinned(noise, drawn):
-    """Proposals ``[M, *B, K, A]`` and experts ``[M, *B]`` that losses draw; a single draw is the first of them."""
+def pinned(noise, drawn, fresh=None):
+    """Proposals ``[M, *B, K, A]`` and experts ``[M, *B]`` that losses draw; a single draw is the first of them.
+
+    ``fresh`` ``[M, *B, A]`` is the noise of an expert that is drawn anew.
+    """
+    fresh = noise.mean(-2) if fresh is None else fresh
+    redraw = ExpertProposals.redraw
+
+    def redrawn(proposals, index):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(mixture.torch, "randn", lambda shape, **_: fresh if shape == fresh.shape else fresh[0])
+            return redraw(proposals, index)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixture.torch, "randn", lambda shape, **_: noise if shape == noise.shape else noise[0])
         patch.setattr(NormalMixture, "sample_expert", lambda _, shape=(): drawn if shape else drawn[0])
+        patch.setattr(ExpertProposals, "redraw", redrawn)
         yield
 
 
@@ -202,11 +214,15 @@ def test_actor_and_routing_loss_are_the_formulas_for_every_combination_of_option
     setup = data.draw(setups(kinds=OFF_POLICY, routings=[routing]))
     actor, loss, batch = made(setup)
     noise, drawn = draws(setup)
+    fresh = torch.randn_like(noise[..., 0, :])
     weights = weigh(batch, how)
-    with pinned(noise, drawn):
+    with pinned(noise, drawn, fresh):
         found, metadata = loss.actor_loss(batch)
     dist = actor.get_dist(batch.copy())
     value, log_prob = proposals_of(setup, loss, dist, batch, noise)
+    learned, seen = value, log_prob
+    if setup.options["decoupled"]:
+        learned, seen = proposals_of(setup, loss, dist, batch, fresh.unsqueeze(-2).expand_as(noise))
     w = dist.probs.detach()
     alpha = loss.log_alpha.exp().detach()
     pick = {
@@ -215,11 +231,12 @@ def test_actor_and_routing_loss_are_the_formulas_for_every_combination_of_option
         "all": lambda x: x.mean(-1),
         "weighted": lambda x: (w * x).sum(-1),
     }[setup.options["backprop"]]
-    expected = reduced(setup, pick(alpha * log_prob - value).mean(0), weights)
+    expected = reduced(setup, pick(alpha * seen - learned).mean(0), weights)
+    entropy = -pick(seen) if setup.options["entropy_from"] == "winner" else -(w * log_prob).sum(-1)
     routing = reduced(setup, routing_by_hand(setup, dist, value, log_prob, alpha, drawn), weights)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(metadata["loss_routing"], routing)
-    torch.testing.assert_close(metadata["log_prob"], pick(log_prob).mean(0).detach())
+    torch.testing.assert_close(metadata["log_prob"], -entropy.mean(0).detach())
     entropy = torch.distributions.Categorical(logits=dist.logits).entropy().mean()
     torch.testing.assert_close(metadata["routing_entropy"], entropy.detach())
     torch.testing.assert_close(metadata["expert_usage"], w.reshape(-1, setup.experts).mean(0))
@@ -274,7 +291,7 @@ def test_weighted_is_the_mean_of_routed_over_the_drawn_expert_and_all_its_plain_
 
     def actor_loss(backprop, index):
         with pinned(noise, index):
-            return setup.loss(actor, backprop=backprop).actor_loss(batch)[0]
+            return setup.loss(actor, backprop=backprop, decoupled=False).actor_loss(batch)[0]
 
     routed = torch.stack([actor_loss("routed", torch.full_like(drawn, k)) for k in range(setup.experts)], -1)
     w = actor.get_dist(batch).probs.detach()
@@ -450,6 +467,7 @@ ALLOWED = {
     "routing": list(ROUTINGS),
     "routing_loss": ["brier", "log"],
     "backprop": list(BACKPROPS),
+    "entropy_from": ["policy", "winner"],
 }
 
 
@@ -457,7 +475,7 @@ ALLOWED = {
 @given(setups(), st.sampled_from(sorted(ALLOWED)), st.text(max_size=20) | st.just("gumbel_softmax"))
 def test_an_option_that_does_not_exist_is_answered_with_those_that_do(setup, option, text):
     assume(text.lower() not in ALLOWED[option])
-    assume(setup.kind != "ppo" or option != "backprop")
+    assume(setup.kind != "ppo" or option not in ("backprop", "entropy_from"))
     with pytest.raises(ValueError, match=f"^{KINDS[setup.kind].__name__}: {option}=") as caught:
         setup.loss(setup.actor(), **{option: text})
     assert repr(text) in str(caught.value)

@@ -84,10 +84,26 @@ class ExpertProposals:
             The action ``[*S, *B, A]`` and its log-density ``[*S, *B]``, with detached weights.
         """
         dist = self.dist
+        parts = (take_expert(x, index) for x in (dist.loc, dist.scale, self.noise))
+        return self._score_one(*parts)
+
+    def redraw(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """A fresh action of expert ``index`` ``[*S, *B]``, whatever its proposal was, and its log-density.
+
+        A proposal that was selected by its score is no draw of its expert any more: its noise is what made it win.
+
+        Returns:
+            As :meth:`select`.
+        """
+        loc, scale = take_expert(self.dist.loc, index), take_expert(self.dist.scale, index)
+        return self._score_one(loc, scale, torch.randn(loc.shape, dtype=loc.dtype, device=loc.device))
+
+    def _score_one(self, loc: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Action of one expert's parameters and noise ``[*S, *B, A]`` and the log-density that ``score`` names."""
+        dist, step = self.dist, scale * noise
         if dist.score == "mixture":
-            return self._score(take_expert(dist.loc, index), take_expert(self.step, index))
-        latent = take_expert(self.latent, index)
-        noise, scale = take_expert(self.noise, index), take_expert(dist.scale, index)
+            return self._score(loc, step)
+        latent = loc + step
         log_density = -(0.5 * wide(noise).square() + wide(scale).log()).sum(-1)
         log_density = log_density - dist.event_shape[0] * LOG_SQRT_2PI
         log_prob = (log_density - dist._log_abs_det(wide(latent))).to(dist.loc.dtype)

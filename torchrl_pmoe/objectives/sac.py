@@ -36,6 +36,9 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
             back-prop-max); ``"all"``, every one equally (back-prop-all); ``"routed"``, the one that the router drew;
             ``"weighted"``, every one times its detached weight; with the soft frequency and the mixture's density
             that is what keeps modes.
+        decoupled: with ``backprop="max"``, select the best expert on one set of draws and learn from a fresh draw of
+            it. The draw that won is no random draw of its expert, and learning from it pushes the scales up (the
+            actor's twin of Q-learning's maximisation bias).
         entropy_from: whose entropy the temperature's loss and the output ``entropy`` see: ``"policy"``,
             ``-sum_k w_k log pi(a_k)`` with one draw ``a_k`` of every expert, whatever ``backprop`` trains; or
             ``"winner"``, that of the draws that the actor's loss flows through (the authors' code).
@@ -63,6 +66,7 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
         routing_coef: float = 1.0,
         routing_loss: Literal["brier", "log"] = "brier",
         backprop: Literal["max", "all", "routed", "weighted"] = "max",
+        decoupled: bool = False,
         entropy_from: Literal["policy", "winner"] = "policy",
         num_proposals: int = 1,
         **kwargs: Any,
@@ -77,7 +81,7 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
             routing_loss=routing_loss,
             num_proposals=num_proposals,
         )
-        self._set_experts(backprop=backprop, entropy_from=entropy_from)
+        self._set_experts(backprop=backprop, decoupled=decoupled, entropy_from=entropy_from)
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
         return state_action_value.squeeze(-1).amin(0)
@@ -97,6 +101,7 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` or ``"log"``.
         backprop: the experts that the actor's loss flows through.
+        decoupled: whether ``"max"`` learns from a fresh draw.
         entropy_from: whose entropy the temperature's loss sees.
         num_proposals: draws of each expert.
         **kwargs: of :class:`~torchrl.objectives.TQCLoss`.
@@ -115,6 +120,7 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         routing_coef: float = 1.0,
         routing_loss: Literal["brier", "log"] = "brier",
         backprop: Literal["max", "all", "routed", "weighted"] = "max",
+        decoupled: bool = False,
         entropy_from: Literal["policy", "winner"] = "policy",
         num_proposals: int = 1,
         **kwargs: Any,
@@ -127,7 +133,7 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
             routing_loss=routing_loss,
             num_proposals=num_proposals,
         )
-        self._set_experts(backprop=backprop, entropy_from=entropy_from)
+        self._set_experts(backprop=backprop, decoupled=decoupled, entropy_from=entropy_from)
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
         return state_action_value.mean((0, -1))

@@ -319,6 +319,7 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
         self,
         *,
         backprop: Literal["max", "all", "routed", "weighted"],
+        decoupled: bool,
         entropy_from: Literal["policy", "winner"],
     ) -> None:
         name = type(self).__name__
@@ -326,7 +327,14 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
             raise ValueError(f"{name}: backprop={backprop!r} is unknown; allowed: {', '.join(BACKPROP)}.")
         if entropy_from not in ENTROPY_FROM:
             raise ValueError(f"{name}: entropy_from={entropy_from!r} is unknown; allowed: {', '.join(ENTROPY_FROM)}.")
+        if not isinstance(decoupled, bool):
+            raise ValueError(f"{name}: decoupled={decoupled!r} must be True or False.")
+        if decoupled and backprop != "max":
+            raise ValueError(
+                f"{name}: decoupled=True goes with backprop='max' alone, which selects by score; got {backprop!r}."
+            )
         self.backprop = backprop
+        self.decoupled = decoupled
         self.entropy_from = entropy_from
         self._set_target_entropy()
 
@@ -415,7 +423,8 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
             draws = value.shape[: -1 - len(dist.batch_shape)]
             index = value.argmax(-1) if self.backprop == "max" else dist.sample_expert(draws)
             density = proposals.log_prob() if self._needs_density else torch.zeros_like(value)
-        action, log_prob = proposals.select(index)
+        # the noise that won is not standard normal, so a decoupled loss draws the expert that won anew
+        action, log_prob = proposals.redraw(index) if self.decoupled else proposals.select(index)
         loss = self._alpha * log_prob - self._critic_value(tensordict, action, per_expert=False, draws=len(draws))
         return loss, log_prob, Scored(dist, value, density)
 
