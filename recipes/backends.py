@@ -10,7 +10,7 @@ import gymnasium as gym
 from omegaconf import DictConfig
 from torchrl.envs import EnvBase, TransformedEnv
 
-from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, FiniteStep, mujoco_task
+from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, FiniteStep, mujoco_task, normalize_actions
 from torchrl_pmoe.envs.physics import has_mjx
 
 BACKENDS = ("serial", "parallel", "envpool", "mjx")
@@ -60,12 +60,15 @@ def describe(cfg: DictConfig) -> str:
     return line if cfg.collector.backend is None else f"{line}, collector.backend={cfg.collector.backend}"
 
 
-def make_env(cfg: DictConfig, wrap: Callable[[gym.Env], gym.Env] = lambda env: env) -> EnvBase:
-    """The environments of a resolved config, seeded, in float32.
+def make_env(
+    cfg: DictConfig, wrap: Callable[[gym.Env], gym.Env] = lambda env: env, *, clip_actions: bool = False
+) -> EnvBase:
+    """The environments of a resolved config, seeded, in float32, with actions in ``[-1, 1]``.
 
     Args:
         cfg: ``env``, ``env_kwargs``, ``seed``, ``device`` and ``collector`` are read.
         wrap: puts Gymnasium's wrappers around each (``serial``).
+        clip_actions: take actions of any size and clip them into ``[-1, 1]``.
     """
     backend, number, skip = cfg.collector.backend, cfg.collector.num_envs, cfg.on_nonfinite == "skip"
     if backend == "mjx":
@@ -76,6 +79,13 @@ def make_env(cfg: DictConfig, wrap: Callable[[gym.Env], gym.Env] = lambda env: e
     else:
         processes = backend == "parallel"
         return common.make_env(
-            cfg.env, cfg.seed, number, wrap, cfg.env_kwargs, processes=processes, skip_nonfinite=skip
+            cfg.env,
+            cfg.seed,
+            number,
+            wrap,
+            cfg.env_kwargs,
+            processes=processes,
+            skip_nonfinite=skip,
+            clip_actions=clip_actions,
         )
-    return TransformedEnv(batched, FiniteStep()) if skip else batched
+    return normalize_actions(TransformedEnv(batched, FiniteStep()) if skip else batched, clip=clip_actions)

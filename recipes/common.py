@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +27,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from policies import UNIMODAL
 from rules import Rule, choice, device, either, flag, integer, mapping, number, text, widths
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
-from torchrl_pmoe.envs import FiniteSteps, parallel_env
+from torchrl_pmoe.envs import FiniteSteps, RawActionPolicy, normalize_actions, parallel_env
 from torchrl_pmoe.envs.finite import read_nonfinite
 from torchrl_pmoe.envs.physics import quiet_mujoco
 from torchrl_pmoe.trainers import NonFiniteError
@@ -460,8 +461,10 @@ def make_gym(name: str, kwargs: Mapping[str, Any] | None = None) -> gym.Env:
         allowed = f"an environment with a Box of continuous actions, this one has {_one_line(action)}"
     elif action.dtype.kind != "f" or len(action.shape) != 1 or not action.shape[0]:
         allowed = f"an environment with a vector of continuous actions, this one has {_one_line(action)}"
-    elif not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
-        allowed = f"an environment with bounded actions, this one has {_one_line(action)}"
+    elif not np.isfinite(width := _width(action)).all():
+        allowed = f"an environment with bounded actions, which are scaled to [-1, 1]; this one has {_one_line(action)}"
+    elif not (width > 0).all():
+        allowed = f"an environment with actions whose bounds differ, this one has {_one_line(action)}"
     elif not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 1:
         allowed = f"an environment with a Box vector of observations, this one has {_one_line(observation)}"
     elif observation.dtype.kind != "f" or not observation.shape[0]:
@@ -470,6 +473,12 @@ def make_gym(name: str, kwargs: Mapping[str, Any] | None = None) -> gym.Env:
         env.close()
         raise UsageError(f"env={name}: must be {allowed}")
     return env
+
+
+def _width(box: gym.spaces.Box) -> np.ndarray:
+    """How far apart the bounds are, in the float32 that policies compute in."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return box.high.astype(np.float32) - box.low.astype(np.float32)
 
 
 def _one_line(space: gym.Space) -> str:
@@ -485,8 +494,9 @@ def make_env(
     *,
     processes: bool = False,
     skip_nonfinite: bool = False,
+    clip_actions: bool = False,
 ) -> EnvBase:
-    """A seeded TorchRL environment of Gymnasium's ``name``, in float32.
+    """A seeded TorchRL environment of Gymnasium's ``name``, in float32, with actions in ``[-1, 1]``.
 
     Args:
         name: Gymnasium id.
@@ -496,12 +506,14 @@ def make_env(
         kwargs: of the environment.
         processes: whether each environment has a process of its own.
         skip_nonfinite: mark steps with NaN or infinite numbers, and end the episode there.
+        clip_actions: take actions of any size and clip them into ``[-1, 1]``.
     """
 
     def single() -> EnvBase:
         gym_env = make_gym(name, kwargs)
         env = GymWrapper(wrap(FiniteSteps(gym_env) if skip_nonfinite else gym_env))
-        return TransformedEnv(read_nonfinite(env) if skip_nonfinite else env, DoubleToFloat())
+        env = TransformedEnv(read_nonfinite(env) if skip_nonfinite else env, DoubleToFloat())
+        return normalize_actions(env, clip=clip_actions)
 
     if processes:
         env: EnvBase = parallel_env(num_envs, single)
@@ -509,6 +521,19 @@ def make_env(
         env = single() if num_envs == 1 else SerialEnv(num_envs, single)
     env.set_seed(seed)
     return env
+
+
+def raw_action_policy(cfg: DictConfig, policy: TensorDictModuleBase) -> RawActionPolicy:
+    """A policy of the recipes' normalised actions, for the environment as Gymnasium makes it.
+
+    Args:
+        cfg: ``env``, ``env_kwargs`` and ``device`` are read.
+        policy: writes ``action`` in ``[-1, 1]``.
+    """
+    with closing(make_gym(cfg.env, cfg.env_kwargs)) as env:
+        box: Any = env.action_space
+    low, high = (torch.as_tensor(bound, dtype=torch.float32, device=cfg.device) for bound in (box.low, box.high))
+    return RawActionPolicy(policy, low, high)
 
 
 def seed_everything(seed: int) -> None:

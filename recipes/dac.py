@@ -114,7 +114,7 @@ def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> Opt
 
 def build_agent(cfg: DictConfig) -> ppo_pmoe.Agent:
     """Everything that a resolved config describes, seeded."""
-    env, normalization, low, high = ppo_pmoe.build_env(cfg)
+    env, normalization = ppo_pmoe.build_env(cfg)
     common.seed_everything(cfg.seed)
     spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     actor = build_actor(cfg, spec, observation_size)
@@ -131,7 +131,7 @@ def build_agent(cfg: DictConfig) -> ppo_pmoe.Agent:
         entropy_coeff=cfg.loss.entropy_coeff,
         high_entropy_coeff=cfg.loss.high_entropy_coeff,
     )
-    return ppo_pmoe.Agent(env, normalization, actor, value, loss, low, high)
+    return ppo_pmoe.Agent(env, normalization, actor, value, loss)
 
 
 class MeanOfDrawnOption(TensorDictModuleBase):
@@ -152,7 +152,7 @@ class MeanOfDrawnOption(TensorDictModuleBase):
 
 
 class NormalizedOptions(NormalizedPolicy):
-    """A policy over options in an environment without wrappers; an episode begins where no option has been carried."""
+    """A policy over options that reads raw observations; an episode begins where no option has been carried."""
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``action``, and the option for the next step."""
@@ -163,7 +163,7 @@ class NormalizedOptions(NormalizedPolicy):
         if begins:
             states["previous_option"] = torch.zeros_like(states["is_init"], dtype=torch.int64)
         done = self.policy(states)
-        tensordict.set("action", done["action"].clamp(self.low, self.high))
+        tensordict.set("action", done["action"])
         return tensordict.set("next", done["next"])
 
 
@@ -184,7 +184,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         cfg,
         run_dir,
         trainer,
-        NormalizedOptions(evaluated, agent.normalization, agent.low, agent.high),
+        NormalizedOptions(evaluated, agent.normalization),
         algorithm="PPO",
         about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
         loss_columns=LOSS_COLUMNS,

@@ -127,7 +127,8 @@ def load(path: Path, *, agent: int | None = None, act: str | None = None, on: st
     elif agent not in (None, seed):
         raise UsageError(f"--agent={agent}: must be left out, {run} has one agent")
     actor, policy, watched = build(cfg, checkpoint, seed, kind)
-    return Trained(cfg, checkpoint, directory, seed, actor, policy, watched, kind)
+    raw = common.raw_action_policy(cfg, policy)
+    return Trained(cfg, checkpoint, directory, seed, actor, raw, watched, kind)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -184,7 +185,7 @@ def _load_ppo(cfg: DictConfig, checkpoint: Path, seed: int, kind: str) -> Loaded
     load_components(checkpoint, {"loss_module": agent.loss, **normalization})
     watched = Watched(acting(agent.actor, kind))
     wrapper: type[NormalizedPolicy] = dac.NormalizedOptions if cfg.policy == "dac" else NormalizedPolicy
-    return agent.actor, wrapper(watched, agent.normalization, agent.low, agent.high), watched
+    return agent.actor, wrapper(watched, agent.normalization), watched
 
 
 # ---------------------------------------------------------------------------------------------- records

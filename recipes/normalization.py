@@ -11,7 +11,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.wrappers import (
-    ClipAction,
     NormalizeObservation,
     NormalizeReward,
     RecordEpisodeStatistics,
@@ -101,17 +100,14 @@ class RunningNormalization:
         self.episode_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._batch: NormalizeBatch | None = None
 
-    def wrap(self, env: gym.Env, *, clip_action: bool) -> gym.Env:
+    def wrap(self, env: gym.Env) -> gym.Env:
         """The environment as it is trained on, its episodes' own returns recorded.
 
         Args:
             env: Gymnasium's.
-            clip_action: take unbounded actions and clip them into the bounds.
         """
         env = RecordEpisodeStatistics(env)
         env.return_queue = self.episode_returns
-        if clip_action:
-            env = ClipAction(env)
         if "observation" in self.statistics:
             env = NormalizeObservation(env, EPSILON)
             env.obs_rms = self.statistics["observation"]  # type: ignore[assignment]
@@ -122,14 +118,13 @@ class RunningNormalization:
             env = TransformReward(env, lambda reward: min(max(float(reward), -self.clip), self.clip))
         return env
 
-    def transform(self, env: EnvBase, *, clip_action: bool) -> EnvBase:
+    def transform(self, env: EnvBase) -> EnvBase:
         """A batch of environments as it is trained on, its episodes' own returns recorded.
 
         Args:
             env: of batch size ``[N]``.
-            clip_action: take unbounded actions and clip them into the bounds.
         """
-        self._batch = NormalizeBatch(self, env, clip_action=clip_action)
+        self._batch = NormalizeBatch(self, env)
         return TransformedEnv(env, self._batch)
 
     def train_return(self) -> float:
@@ -175,24 +170,16 @@ class RunningNormalization:
 
 
 class NormalizeBatch(Transform):
-    """Gymnasium's ``NormalizeObservation``, ``NormalizeReward`` and ``ClipAction`` for a batch of environments.
+    """Gymnasium's ``NormalizeObservation`` and ``NormalizeReward`` for a batch of environments.
 
     Args:
         normalization: its statistics, moved by every step and by the rows that are reset.
         env: of batch size ``[N]``, with one ``observation`` ``[N, O]`` and ``reward`` ``[N, 1]``.
-        clip_action: take unbounded actions and clip them into the bounds.
     """
 
-    def __init__(self, normalization: RunningNormalization, env: EnvBase, *, clip_action: bool) -> None:
-        clipped = ["action"] if clip_action else []
-        super().__init__(
-            in_keys=["observation", "reward"],
-            out_keys=["observation", "reward"],
-            in_keys_inv=clipped,
-            out_keys_inv=clipped,
-        )
+    def __init__(self, normalization: RunningNormalization, env: EnvBase) -> None:
+        super().__init__(in_keys=["observation", "reward"], out_keys=["observation", "reward"])
         self.normalization = normalization
-        self.low, self.high = env.action_spec.space.low, env.action_spec.space.high
         zeros = torch.zeros(env.batch_size, dtype=torch.float64, device=env.device)
         self.discounted, self.undiscounted = zeros, zeros.clone()
         self.ended = torch.zeros(2, dtype=torch.float64, device=env.device)
@@ -228,17 +215,6 @@ class NormalizeBatch(Transform):
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         return self._observe(tensordict_reset, tensordict.get("_reset", None))
 
-    def _inv_apply_transform(self, action: Tensor) -> Tensor:
-        return action.clamp(self.low, self.high)
-
-    def transform_input_spec(self, input_spec: Composite) -> Composite:
-        """Actions of any size, where they are clipped."""
-        for key in self.in_keys_inv:
-            spec = input_spec["full_action_spec", key]
-            unbounded = Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)
-            input_spec["full_action_spec", key] = unbounded
-        return input_spec
-
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Observations of any size."""
         spec = observation_spec["observation"]
@@ -247,26 +223,21 @@ class NormalizeBatch(Transform):
 
 
 class NormalizedPolicy(TensorDictModuleBase):
-    """A policy in an environment without wrappers: reads raw observations, writes actions inside the bounds.
+    """A policy of normalised observations as one that reads raw observations.
 
     Args:
         policy: trained on normalised observations.
         normalization: its statistics, read at every call and never updated.
-        low: lower bound of the action.
-        high: upper bound of the action.
     """
 
-    def __init__(
-        self, policy: TensorDictModuleBase, normalization: RunningNormalization, low: Tensor, high: Tensor
-    ) -> None:
+    def __init__(self, policy: TensorDictModuleBase, normalization: RunningNormalization) -> None:
         super().__init__()
         self.in_keys, self.out_keys = ["observation"], ["action"]
         self.policy = policy
         self.normalization = normalization
-        self.low, self.high = low, high
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``action``."""
         states = tensordict.select("observation")
         states["observation"] = self.normalization.normalize(states["observation"])
-        return tensordict.set("action", self.policy(states)["action"].clamp(self.low, self.high))
+        return tensordict.set("action", self.policy(states)["action"])

@@ -15,7 +15,6 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from policies import build_experts_actor, describe
 from rules import Rule, choice, either, flag, integer, number, widths
 from tensordict import TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictModuleBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer, TensorSpec
 from torchrl.envs import EnvBase
@@ -284,16 +283,14 @@ class Agent:
     actor: ProbabilisticActor
     value: ValueOperator
     loss: ClipPPOLoss
-    low: Tensor
-    high: Tensor
 
-    def for_raw_env(self, policy: TensorDictModuleBase) -> NormalizedPolicy:
-        """A policy of this agent for environments without wrappers."""
-        return NormalizedPolicy(policy, self.normalization, self.low, self.high)
+    def for_raw_observations(self, policy: TensorDictModuleBase) -> NormalizedPolicy:
+        """A policy of this agent that reads observations as the environment makes them."""
+        return NormalizedPolicy(policy, self.normalization)
 
 
-def build_env(cfg: DictConfig) -> tuple[EnvBase, RunningNormalization, Tensor, Tensor]:
-    """The seeded environment, what normalises it, and the bounds of its actions before they are clipped."""
+def build_env(cfg: DictConfig) -> tuple[EnvBase, RunningNormalization]:
+    """The seeded environment, and what normalises its observations and rewards."""
     raw = common.make_gym(cfg.env, cfg.env_kwargs)
     device = {"serial": None, "mjx": cfg.device}.get(cfg.collector.backend, "cpu")
     normalization = RunningNormalization(
@@ -304,25 +301,21 @@ def build_env(cfg: DictConfig) -> tuple[EnvBase, RunningNormalization, Tensor, T
         gamma=cfg.optim.gamma,
         device=device,
     )
-    box: Any = raw.action_space
     raw.close()
-    clip_action = cfg.actions == "unbounded"
+    clip_actions = cfg.actions == "unbounded"
     if device is None:
-        env = backends.make_env(cfg, partial(normalization.wrap, clip_action=clip_action))
-    else:
-        env = normalization.transform(backends.make_env(cfg), clip_action=clip_action)
-    low, high = (torch.as_tensor(bound, device=cfg.device) for bound in (box.low, box.high))
-    return env, normalization, low, high
+        return backends.make_env(cfg, normalization.wrap, clip_actions=clip_actions), normalization
+    return normalization.transform(backends.make_env(cfg, clip_actions=clip_actions)), normalization
 
 
 def build_agent(cfg: DictConfig) -> Agent:
     """Everything that a resolved config describes, seeded."""
-    env, normalization, low, high = build_env(cfg)
+    env, normalization = build_env(cfg)
     common.seed_everything(cfg.seed)
     spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     actor, value = build_actor(cfg, spec, observation_size), build_value(cfg, observation_size)
     loss = build_loss(cfg, actor, value, build_qvalue(cfg, spec, observation_size) if critic_scored(cfg) else None)
-    return Agent(env, normalization, actor, value, loss, low, high)
+    return Agent(env, normalization, actor, value, loss)
 
 
 def build_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
@@ -420,7 +413,7 @@ def diagnose_agent(agent: Agent, seen: TensorDictBase) -> dict[str, float]:
     with torch.no_grad():
         dist = agent.actor.get_dist(seen)
         row["entropy"] = -dist.log_prob(dist.sample()).mean().item()
-    return {**row, **runs.diagnose(agent.actor, seen, agent.low, agent.high)}
+    return {**row, **runs.diagnose(agent.actor, seen)}
 
 
 def train(cfg: DictConfig, run_dir: Path) -> None:
@@ -439,7 +432,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         cfg,
         run_dir,
         trainer,
-        agent.for_raw_env(runs.MeanOfDrawnExpert(actor) if drawn else actor),
+        agent.for_raw_observations(runs.MeanOfDrawnExpert(actor) if drawn else actor),
         algorithm="PPO",
         about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
         loss_columns=LOSS_COLUMNS,

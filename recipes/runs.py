@@ -18,7 +18,7 @@ import numpy as np
 import process
 import resume
 import torch
-from common import Interrupted, RunError, UsageError, cause, make_gym
+from common import Interrupted, RunError, UsageError, cause, make_gym, raw_action_policy
 from omegaconf import DictConfig, OmegaConf
 from recording import CheckpointLog, RunRecorder, replace
 from tensordict import TensorDict, TensorDictBase
@@ -162,8 +162,6 @@ class MeanOfDrawnExpert(TensorDictModuleBase):
 def diagnose(
     actor: ProbabilisticActor,
     states: TensorDictBase,
-    low: Tensor,
-    high: Tensor,
     qvalues: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """Diagnostics of a policy, of a mixture all that there are.
@@ -171,13 +169,11 @@ def diagnose(
     Args:
         actor: the policy.
         states: what it reads, ``[B]``.
-        low: lower bound of the action.
-        high: upper bound of the action.
         qvalues: maps proposals ``[B, K, A]`` to the critics' values ``[num_critics, B, K]``.
     """
     with torch.no_grad():
         dist = actor.get_dist(states)
-        share = {"saturation": saturation(dist.sample(), low, high).item()}
+        share = {"saturation": saturation(dist.sample()).item()}
         if not isinstance(dist, NormalMixture):
             return share
         found = mixture_diagnostics(dist, qvalues)
@@ -253,10 +249,10 @@ def announce(stepper: FusedOptimizationStepper) -> None:
 
 
 def build_evaluator(cfg: DictConfig, policy: TensorDictModuleBase, seed: int) -> Evaluator:
-    """Evaluates a policy as ``logger`` says, on episodes that the run's ``seed`` decides."""
+    """Evaluates a policy of normalised actions as ``logger`` says, on episodes that the run's ``seed`` decides."""
     return Evaluator(
         cfg.env,
-        policy,
+        raw_action_policy(cfg, policy),
         episodes=cfg.logger.eval_episodes,
         max_steps=cfg.logger.eval_max_steps,
         seed=seed + 1_000_000,

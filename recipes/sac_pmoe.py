@@ -50,7 +50,6 @@ from torchrl.trainers.trainers import SelectKeys
 
 from torchrl_pmoe import BestOfExpertsActor, PMOESACLoss
 from torchrl_pmoe.modules.heads import ClampedExp
-from torchrl_pmoe.objectives.units import action_units
 from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
 RULES: dict[str, Rule] = {
@@ -207,6 +206,21 @@ def _refuse_combinations(cfg: DictConfig) -> None:
     common.refuse(cfg, refused)
 
 
+def refuse_target_entropy(cfg: DictConfig, action_size: int) -> None:
+    """Raise where no policy has the target entropy: the temperature would grow for ever.
+
+    Args:
+        cfg: a checked config.
+        action_size: dimensions of the action, each of which is in ``[-1, 1]``.
+
+    Raises:
+        UsageError: the line for ``optim.target_entropy``.
+    """
+    target, largest = cfg.optim.target_entropy, action_size * math.log(2)
+    allowed = f"auto or at most {largest:.4g}, the entropy of the uniform distribution between the action's bounds"
+    common.refuse(cfg, {"optim.target_entropy": (target != "auto" and target > largest, allowed)})
+
+
 # --------------------------------------------------------------------------------------------- parts
 
 
@@ -272,17 +286,13 @@ def build_qvalue(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> Va
 
 def build_loss(cfg: DictConfig, actor: ProbabilisticActor, qvalue: ValueOperator) -> SACLoss:
     """``PMOESACLoss`` where the critics score the experts, else TorchRL's unmodified ``SACLoss``."""
-    target = cfg.optim.target_entropy
-    units = action_units(actor, actor.spec["action"])
-    largest = math.inf if units is None else units.largest_entropy
-    allowed = f"auto or at most {largest:.4g}, the entropy of the uniform distribution between the action's bounds"
-    common.refuse(cfg, {"optim.target_entropy": (target != "auto" and target > largest, allowed)})
+    refuse_target_entropy(cfg, actor.spec["action"].shape[-1])
     kwargs: dict[str, Any] = {
         "num_qvalue_nets": 2,
         "loss_function": cfg.optim.loss_function,
         "alpha_init": cfg.optim.alpha_init,
         "fixed_alpha": cfg.optim.fixed_alpha,
-        "target_entropy": target,
+        "target_entropy": cfg.optim.target_entropy,
     }
     if cfg.policy == "pmoe" and cfg.scoring == "critic":
         names = ("routing_coef", "routing_loss", "num_proposals")
@@ -419,10 +429,8 @@ def latest(buffer: TensorDictReplayBuffer) -> TensorDictBase:
 
 def diagnose(actor: ProbabilisticActor, loss: SACLoss, states: TensorDictBase) -> dict[str, float]:
     """Diagnostics of a policy in the states that it has met, its proposals judged by the critics."""
-    space, critics = actor.spec["action"].space, Critics(loss)
-    return runs.diagnose(
-        actor, states, space.low, space.high, lambda action: critics.of_proposals(states["observation"], action)
-    )
+    critics = Critics(loss)
+    return runs.diagnose(actor, states, lambda action: critics.of_proposals(states["observation"], action))
 
 
 @dataclass(frozen=True)

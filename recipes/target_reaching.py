@@ -122,7 +122,7 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
             ),
         },
     )
-    make_env(cfg, 1)
+    sac_pmoe.refuse_target_entropy(cfg, make_env(cfg, 1).action_spec.shape[-1])
     configs = {}
     for name in cfg.policies:
         for seed in range(cfg.seed, cfg.seed + cfg.num_seeds):

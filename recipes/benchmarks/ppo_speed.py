@@ -22,7 +22,6 @@ import common
 import ppo_pmoe
 import stock
 import watched_runs
-from gymnasium.wrappers import ClipAction
 from hydra.errors import HydraException
 from rounds import Claim, at_least_one, chosen, command_line, place, report, stop
 from workers import Turns, measure, serve
@@ -72,7 +71,7 @@ def train(args: argparse.Namespace, turns: Turns) -> None:
         return
     if args.worker == STOCK:
         common.prepare_torch(watched_runs.resolve(ppo_pmoe, overrides(args, [], None)))
-        env = common.make_env(args.env, 0, args.num_envs, ClipAction)
+        env = common.make_env(args.env, 0, args.num_envs, clip_actions=True)
         for frames in stock.train_ppo(env):
             turns(frames)
         return

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import UsageError, make_gym, prepare_torch
+from common import UsageError, make_gym, prepare_torch, raw_action_policy
 from ppo_pmoe import NORMALIZATION, Agent, build_agent, critic_scored
 from resume import load_components, open_run
 
@@ -180,7 +180,7 @@ def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -
         states: that the policy meets.
         **kwargs: of :func:`proposal_ranking`.
     """
-    policy = agent.for_raw_env(agent.actor)
+    policy = raw_action_policy(cfg, agent.for_raw_observations(agent.actor))
 
     def read(observation: np.ndarray) -> TensorDict:
         states = torch.as_tensor(observation, dtype=torch.float32, device=cfg.device)
@@ -194,7 +194,7 @@ def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -
         states["observation"] = agent.normalization.normalize(states["observation"])
         proposals = agent.actor.get_dist(states).propose().action
         score = agent.loss.score_proposals(states, proposals)
-        return proposals.clamp(agent.low, agent.high).cpu().numpy(), score.cpu().numpy()
+        return policy.to_raw(proposals).cpu().numpy(), score.cpu().numpy()
 
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         return proposal_ranking(

@@ -83,5 +83,30 @@ class Unbounded(Line):
     action_space = Box(-np.inf, np.inf, (1,), np.float32)
 
 
-for kind in (NanReward, NanObservation, RewardGlitch, ObservationGlitch, Breaks, Hungry, Pixels, Unbounded):
+class Point(gym.Env):
+    """A point in the plane that is pushed to the origin, in units of its own.
+
+    Args:
+        half: the largest push. All else is the same, to the last bit where it is a power of two.
+    """
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+
+    def __init__(self, half: float = 1.0, low: float | None = None) -> None:
+        self.half = half
+        lowest = np.array([-half if low is None else low, -half], np.float32)
+        self.action_space = Box(lowest, np.full(2, half, np.float32), dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position, self.time = self.np_random.uniform(-1, 1, 2), 0
+        return self.position.copy(), {}
+
+    def step(self, action):
+        assert (np.abs(action) <= self.half).all(), action
+        self.position, self.time = self.position + 0.1 * np.asarray(action, np.float64) / self.half, self.time + 1
+        return self.position.copy(), -float(self.position @ self.position), False, self.time == 20, {}
+
+
+for kind in (NanReward, NanObservation, RewardGlitch, ObservationGlitch, Breaks, Hungry, Pixels, Unbounded, Point):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, disable_env_checker=True)

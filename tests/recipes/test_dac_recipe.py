@@ -190,13 +190,13 @@ def test_evaluated_options_begin_with_the_episode_and_are_carried():
     normalization = RunningNormalization(space, observation=True, reward=False, clip=10.0, gamma=0.9)
     normalization.statistics["observation"].mean = np.array([1.0, 2.0])
     spy = Spy()
-    policy = dac.NormalizedOptions(spy, normalization, torch.tensor(-1.0), torch.tensor(1.0))
+    policy = dac.NormalizedOptions(spy, normalization)
     carried = TensorDict({}, [3])
     for _ in range(3):
         observation = torch.tensor([[1.5, 2.0]]).expand(3, 2)
         td = policy(carried.set("observation", observation.clone()))
         torch.testing.assert_close(td["observation"], observation)
-        torch.testing.assert_close(td["action"], torch.tensor([[1.0, 0.0]]).expand(3, 2))
+        torch.testing.assert_close(td["action"], torch.tensor([[4.5, 0.0]]).expand(3, 2))
         carried = td["next"]
     assert [seen["is_init"].all().item() for seen in spy.seen] == [True, False, False]
     assert [seen["is_init"].any().item() for seen in spy.seen] == [True, False, False]
@@ -207,7 +207,7 @@ def test_evaluated_options_begin_with_the_episode_and_are_carried():
 def test_drawn_options_act_on_their_centres():
     cfg = resolve("env=Pendulum-v1", "device=cpu")
     agent = dac.build_agent(cfg)
-    policy = dac.NormalizedOptions(dac.MeanOfDrawnOption(agent.actor), agent.normalization, agent.low, agent.high)
+    policy = dac.NormalizedOptions(dac.MeanOfDrawnOption(agent.actor), agent.normalization)
     with torch.no_grad():
         agent.actor.network.module.experts.bias.copy_(torch.tensor([-1.5, -0.5, 0.5, 1.5]))
         agent.actor.network.module.experts.weight.zero_()

@@ -278,7 +278,7 @@ class Ramp(gym.Env):
     action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
 
     def __init__(self, offset=0.0):
-        self.time, self.offset, self.taken = 0, offset, []
+        self.time, self.offset = 0, offset
 
     def observe(self):
         return np.array([self.time + self.offset, 100.0 * self.time**2])
@@ -288,7 +288,6 @@ class Ramp(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
-        self.taken.append(float(action[0]))
         self.time += 1
         return self.observe(), 3.0 * self.time, self.time % 5 == 0, False, {}
 
@@ -313,7 +312,7 @@ def test_observations_are_normalised_by_all_that_was_seen_in_every_environment()
     normalization = running()
     plain = [play(Ramp(offset), 12)[0] for offset in (0.0, 7.0)]
     for offset in (0.0, 7.0):
-        play(normalization.wrap(Ramp(offset), clip_action=False), 12)
+        play(normalization.wrap(Ramp(offset)), 12)
     seen = np.concatenate(plain)
     found = normalization.statistics["observation"]
     np.testing.assert_allclose(found.mean, seen.mean(0), rtol=1e-4)
@@ -324,7 +323,7 @@ def test_observations_are_normalised_by_all_that_was_seen_in_every_environment()
 
 
 def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
-    _, rewards = play(running().wrap(Ramp(), clip_action=False), 40)
+    _, rewards = play(running().wrap(Ramp()), 40)
     returns, discounted = [], 0.0
     for step in range(40):
         discounted = 0.9 * discounted * (step % 5 != 4) + 3.0 * (step % 5 + 1)
@@ -334,7 +333,7 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
 
 def test_normalised_values_are_clipped():
     normalization = running(clip=0.5)
-    observations, rewards = play(normalization.wrap(Ramp(), clip_action=False), 30)
+    observations, rewards = play(normalization.wrap(Ramp()), 30)
     assert np.abs(observations).max() == 0.5
     assert np.abs(rewards).max() == 0.5
     assert normalization.normalize(torch.tensor([1e6, -1e6])).tolist() == [0.5, -0.5]
@@ -342,29 +341,19 @@ def test_normalised_values_are_clipped():
 
 def test_episode_returns_are_those_of_the_environment():
     normalization = running()
-    play(normalization.wrap(Ramp(), clip_action=False), 11)
+    play(normalization.wrap(Ramp()), 11)
     assert list(normalization.episode_returns) == [45.0, 45.0]
-
-
-def test_unbounded_actions_are_clipped_by_the_environment():
-    env = Ramp()
-    wrapped = running().wrap(env, clip_action=True)
-    wrapped.reset()
-    wrapped.step(np.array([7.0]))
-    assert env.taken == [1.0]
-    assert np.isinf(wrapped.action_space.high).all()
 
 
 def test_evaluation_reads_the_statistics_and_does_not_move_them():
     normalization = running()
-    play(normalization.wrap(Ramp(), clip_action=False), 12)
+    play(normalization.wrap(Ramp()), 12)
     before = normalization.state_dict()
     echo = TensorDictModule(lambda o: 3.0 * o, in_keys=["observation"], out_keys=["action"])
-    policy = NormalizedPolicy(echo, normalization, torch.tensor(-1.0), torch.tensor(1.0))
+    policy = NormalizedPolicy(echo, normalization)
     observation = torch.tensor([[1.0, 100.0], [4.0, 1600.0]])
     td = policy(TensorDict({"observation": observation}, [2]))
-    expected = (3.0 * normalization.normalize(observation)).clamp(-1, 1)
-    torch.testing.assert_close(td["action"], expected)
+    torch.testing.assert_close(td["action"], 3.0 * normalization.normalize(observation))
     torch.testing.assert_close(td["observation"], observation)  # what the environment gave stays as it was
     after = normalization.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
@@ -372,7 +361,7 @@ def test_evaluation_reads_the_statistics_and_does_not_move_them():
 
 def test_statistics_survive_a_checkpoint(tmp_path):
     old, new = running(), running()
-    play(old.wrap(Ramp(), clip_action=False), 12)
+    play(old.wrap(Ramp()), 12)
     Checkpoint(normalization=old).save(tmp_path / "checkpoint")
     Checkpoint(normalization=new).load(tmp_path / "checkpoint")
     assert all(torch.equal(value, new.state_dict()[key]) for key, value in old.state_dict().items())

@@ -253,7 +253,7 @@ def reseal(checkpoint: Path, change) -> None:
 
 
 def older_format(checkpoint: Path) -> None:
-    reseal(checkpoint, lambda manifest: manifest["metadata"]["torchrl_pmoe"].update(format=1))
+    reseal(checkpoint, lambda manifest: manifest["metadata"]["torchrl_pmoe"].update(format=2))
 
 
 def other_config(checkpoint: Path) -> None:
@@ -268,7 +268,7 @@ BAD = {
     "gone": (lambda c: shutil.rmtree(next(c.glob("*/*rng"))), "rng/state.pt is missing"),
     "foreign file": (lambda c: (c / "weights.pt").write_bytes(b"x"), "holds weights.pt, which is no file of a"),
     "before checksums": (lambda c: (c / "SHA256SUMS").unlink(), "was written by an older version, or in part"),
-    "older format": (older_format, "is of format 1, this version reads 2"),
+    "older format": (older_format, "is of format 2, this version reads 3"),
     "foreign": (lambda c: (shutil.rmtree(c), c.mkdir()), "is no checkpoint of this package"),
 }
 

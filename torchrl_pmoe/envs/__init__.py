@@ -3,6 +3,7 @@
 Importing this package registers ``PMOE/TargetReaching-v0`` with Gymnasium.
 """
 
+from torchrl_pmoe.envs.action_units import RawActionPolicy, normalize_actions
 from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
 from torchrl_pmoe.envs.envpool_env import EnvPoolEnv
 from torchrl_pmoe.envs.finite import FiniteStep, FiniteSteps
@@ -20,10 +21,12 @@ __all__ = [
     "FiniteStep",
     "FiniteSteps",
     "MujocoTask",
+    "RawActionPolicy",
     "SimulatorState",
     "TargetReachingEnv",
     "TargetReachingTask",
     "mujoco_task",
+    "normalize_actions",
     "parallel_env",
 ]
 

@@ -12,7 +12,9 @@ from torchrl_pmoe.distributions import NormalMixture
 __all__ = ["mixture_diagnostics", "saturation"]
 
 
-def saturation(action: Tensor, low: Tensor, high: Tensor, threshold: float = 0.99) -> Tensor:
+def saturation(
+    action: Tensor, low: Tensor | float = -1.0, high: Tensor | float = 1.0, threshold: float = 0.99
+) -> Tensor:
     """Share of action entries beyond ``threshold`` once ``[low, high]`` is mapped to ``[-1, 1]``."""
     unit = (2 * action - (high + low)) / (high - low)
     return (unit.abs() > threshold).float().mean()
