@@ -16,25 +16,12 @@ from torchrl_pmoe.envs.physics import has_mjx
 BACKENDS = ("serial", "parallel", "envpool", "mjx")
 
 
-def fastest(name: str, num_envs: int, has_kwargs: bool) -> str:
-    """The backend that collects most frames a second on a CPU, of those that run Gymnasium's physics (README).
-
-    Args:
-        name: Gymnasium id.
-        num_envs: how many environments.
-        has_kwargs: whether the environment takes arguments, which EnvPool's do not.
-    """
-    return "envpool" if num_envs > 1 and not has_kwargs and EnvPoolEnv.available(name) else "serial"
-
-
-def resolve(cfg: DictConfig) -> None:
-    """Put a backend in the place of null, and refuse one that cannot run the environment.
+def refuse(cfg: DictConfig) -> None:
+    """Refuse a backend that cannot run the environment.
 
     Raises:
         UsageError: before any environment is made.
     """
-    if cfg.collector.backend is None:
-        cfg.collector.backend = fastest(cfg.env, cfg.collector.num_envs, bool(cfg.env_kwargs))
     name, kwargs = cfg.env, bool(cfg.env_kwargs)
     # in this order: EnvPool is asked for its tasks only where it is there
     refused: dict[str, list[tuple[Callable[[], bool], str]]] = {
@@ -56,8 +43,7 @@ def resolve(cfg: DictConfig) -> None:
 def describe(cfg: DictConfig) -> str:
     """How many environments there are, and where they run."""
     number = cfg.collector.num_envs
-    line = f"{number} environment{'s' * (number > 1)}"
-    return line if cfg.collector.backend is None else f"{line}, collector.backend={cfg.collector.backend}"
+    return f"{number} environment{'s' * (number > 1)}, collector.backend={cfg.collector.backend}"
 
 
 def make_env(

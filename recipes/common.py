@@ -92,7 +92,7 @@ RULES: dict[str, Rule] = {
     "compile.enabled": either(flag(), None),
     "compile.cudagraphs": flag(),
     "collector.num_envs": integer(1, 2**20),
-    "collector.backend": either(choice("serial", "parallel", "envpool", "mjx"), None),
+    "collector.backend": choice("serial", "parallel", "envpool", "mjx"),
     "loss.routing_coef": number(at_least=0),
     "loss.routing_loss": choice("brier", "log"),
     "loss.num_proposals": integer(1, 1024),

@@ -84,7 +84,8 @@ def resolve_config(cfg: DictConfig) -> None:
     """Check the config."""
     common.check_config(cfg, RULES)
     ppo_pmoe.refuse_batches(cfg)
-    backends.resolve(cfg)
+    backends.refuse(cfg)
+    runs.resolve_compile(cfg, ppo_pmoe.updates(cfg))
 
 
 # --------------------------------------------------------------------------------------------- parts
@@ -187,6 +188,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         NormalizedOptions(evaluated, agent.normalization),
         algorithm="PPO",
         about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
+        updates=ppo_pmoe.updates(cfg),
         loss_columns=LOSS_COLUMNS,
         diagnose=lambda frames: ppo_pmoe.diagnose_agent(agent, buffer[:].select(*READ)),
         checkpoint=checkpoint,

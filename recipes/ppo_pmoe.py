@@ -124,7 +124,7 @@ def resolve_config(cfg: DictConfig) -> None:
             )
         cfg.routing = None
     refuse_batches(cfg)
-    backends.resolve(cfg)
+    backends.refuse(cfg)
     common.refuse(
         cfg,
         {
@@ -138,6 +138,12 @@ def resolve_config(cfg: DictConfig) -> None:
             ),
         },
     )
+    runs.resolve_compile(cfg, updates(cfg))
+
+
+def updates(cfg: DictConfig) -> float:
+    """How many updates a run of ``total_frames`` makes."""
+    return cfg.total_frames / cfg.collector.frames_per_batch * cfg.loss.num_minibatches * cfg.loss.ppo_epochs
 
 
 def refuse_batches(cfg: DictConfig) -> None:
@@ -370,7 +376,6 @@ def build_trainer(
     apart = critic_scored(cfg) and cfg.optim.qvalue_grad_clip == "apart"
     stepper = runs.build_stepper(
         cfg,
-        cfg.total_frames / cfg.collector.frames_per_batch * cfg.loss.num_minibatches * cfg.loss.ppo_epochs,
         clip_apart=[loss.qvalue_network_params.parameters()] if apart else [],
     )
     trainer = runs.build_trainer(
@@ -435,6 +440,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         agent.for_raw_observations(runs.MeanOfDrawnExpert(actor) if drawn else actor),
         algorithm="PPO",
         about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
+        updates=updates(cfg),
         loss_columns=LOSS_COLUMNS,
         diagnose=lambda frames: diagnose_agent(agent, buffer[:].select("observation")),
         checkpoint=checkpoint,

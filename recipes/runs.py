@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import shutil
 import signal
 import threading
 import warnings
@@ -14,6 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import process
 import resume
@@ -24,6 +24,8 @@ from recording import CheckpointLog, RunRecorder, replace
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torchrl.checkpoint import CheckpointError, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
@@ -51,6 +53,7 @@ from torchrl_pmoe.trainers import (
 
 # updates that win back the time of compiling them, with much to spare
 WORTH_COMPILING = 50_000
+NO_COMPILER = "there is no C++ compiler: g++, clang++ on macOS, or what CXX names"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -207,18 +210,36 @@ def build_optimizer(cfg: DictConfig, loss: LossModule, actor: ProbabilisticActor
     return torch.optim.Adam(groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True)
 
 
-def compiles(cfg: DictConfig, updates: float) -> bool:
-    """Whether updates are compiled: as ``compile.enabled`` says, or where ``updates`` win the compiler's time back."""
-    if cfg.compile.enabled is not None:
-        return cfg.compile.enabled
-    # the compiler of the host's code is wanted for the GPU too
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    return updates >= WORTH_COMPILING and any(name is not None and shutil.which(name) for name in names)
+def has_compiler() -> bool:
+    """Whether PyTorch finds the C++ compiler that compiled updates need, on a GPU for the code of the host."""
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return False
+    return True
+
+
+def resolve_compile(cfg: DictConfig, updates: float) -> None:
+    """Put true or false in the place of an unset ``compile.enabled``.
+
+    The number of updates decides, and nothing that is installed; only where updates are to be compiled and there is no
+    compiler they run eagerly, and :func:`announce` says so.
+
+    Args:
+        cfg: a checked config.
+        updates: of the whole run.
+
+    Raises:
+        UsageError: where updates were asked to be compiled and there is no compiler.
+    """
+    asked = cfg.compile.enabled
+    if asked is None:
+        cfg.compile.enabled = updates >= WORTH_COMPILING and has_compiler()
+    common.refuse(cfg, {"compile.enabled": (bool(asked) and not has_compiler(), f"false or null where {NO_COMPILER}")})
 
 
 def build_stepper(
     cfg: DictConfig,
-    updates: float,
     target_updater: TargetNetUpdater | None = None,
     clip_apart: Sequence[Iterable[nn.Parameter]] = (),
     shape: Sequence[int] = (),
@@ -226,8 +247,7 @@ def build_stepper(
     """What makes one update.
 
     Args:
-        cfg: ``compile`` is read.
-        updates: of the whole run.
+        cfg: a resolved config; ``compile`` is read.
         target_updater: stepped after the optimiser.
         clip_apart: parameters whose gradients are clipped by their own norm.
         shape: of the outputs of the loss.
@@ -235,16 +255,25 @@ def build_stepper(
     return FusedOptimizationStepper(
         target_updater,
         clip_apart=clip_apart,
-        compile=compiles(cfg, updates),
+        compile=cfg.compile.enabled,
         cudagraphs=cfg.compile.cudagraphs,
         shape=shape,
         on_nonfinite=cfg.on_nonfinite,
     )
 
 
-def announce(stepper: FusedOptimizationStepper) -> None:
-    """Say why the first update takes long, where it does."""
-    if stepper.compile:
+def announce(cfg: DictConfig, about: str, updates: float) -> None:
+    """Say what is about to be trained, whether its updates are compiled, and why the first takes long, where it does.
+
+    Args:
+        cfg: a resolved config; ``compile`` is read.
+        about: the policy and where frames come from.
+        updates: of the whole run.
+    """
+    as_wished = cfg.compile.enabled or updates < WORTH_COMPILING or has_compiler()
+    why = "" if as_wished else f" ({NO_COMPILER})"
+    print(f"{about}, compile.enabled={str(cfg.compile.enabled).lower()}{why}")
+    if cfg.compile.enabled:
         print("updates are compiled: the first takes about half a minute (compile.enabled=false leaves it out)")
 
 
@@ -394,6 +423,7 @@ def train_and_record(
     *,
     algorithm: str,
     about: str,
+    updates: float,
     loss_columns: Sequence[str],
     diagnose: Callable[[int], Mapping[str, float]],
     checkpoint: Path | None = None,
@@ -410,6 +440,7 @@ def train_and_record(
         policy: what is evaluated.
         algorithm: its name, for the title of the plot.
         about: printed before the first frame, after all that can be wrong with the input.
+        updates: of the whole run.
         loss_columns: outputs of the loss whose means are recorded.
         diagnose: more columns, given the number of frames; the same ones every time.
         checkpoint: to go on from.
@@ -461,8 +492,7 @@ def train_and_record(
         shown = {"return": recorder.last.get("return_mean"), "routing entropy": entropy}
         return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
 
-    print(about)
-    announce(stepper)
+    announce(cfg, about, updates)
     bar = ProgressBar(cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar)
     bar.register(trainer)
     with closing(bar), closing(evaluator):

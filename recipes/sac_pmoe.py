@@ -134,9 +134,15 @@ def resolve_config(cfg: DictConfig) -> None:
     if cfg.collector.frames_per_batch is None:
         cfg.collector.frames_per_batch = cfg.collector.num_envs
     _refuse_combinations(cfg)
-    backends.resolve(cfg)
+    backends.refuse(cfg)
     if cfg.num_seeds > 1:
         seeds.refuse(cfg)
+    runs.resolve_compile(cfg, updates(cfg))
+
+
+def updates(cfg: DictConfig) -> float:
+    """How many updates a run of ``total_frames`` makes."""
+    return cfg.total_frames * cfg.optim.utd_ratio
 
 
 def _refuse_combinations(cfg: DictConfig) -> None:
@@ -396,7 +402,7 @@ def build_trainer(
 ) -> Trainer:
     """The trainer with the hooks of off-policy learning."""
     target_updater = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
-    stepper = runs.build_stepper(cfg, cfg.total_frames * cfg.optim.utd_ratio, target_updater)
+    stepper = runs.build_stepper(cfg, target_updater)
     trainer = runs.build_trainer(
         cfg,
         run_dir,
@@ -486,6 +492,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None, *, only_if
         evaluated,
         algorithm="SAC",
         about=f"{describe(cfg, actor, loss.qvalue_network_params)}; {backends.describe(cfg)}",
+        updates=updates(cfg),
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose_run,
         unsaved=() if cfg.checkpoint.replay_buffer else ("replay_buffer",),

@@ -144,9 +144,8 @@ def build_trainer(cfg: DictConfig, run_dir: Path, env: EnvBase, loss: StackedLos
         init_random_frames=cfg.collector.init_random_frames * number,
     )
     target_updater = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
-    updates = cfg.total_frames * cfg.optim.utd_ratio
     optimizer = runs.build_optimizer(cfg, loss, None)
-    stepper = runs.build_stepper(cfg, updates, target_updater, shape=(number,))
+    stepper = runs.build_stepper(cfg, target_updater, shape=(number,))
     trainer = runs.build_trainer(
         whole,
         run_dir,
@@ -273,8 +272,7 @@ def train(cfg: DictConfig, run_dir: Path) -> list[Agent]:
         observer.resume(trainer.collected_frames)
     runs.keep_config(cfg, run_dir)
     one = describe(cfg, agents[0].actor, agents[0].loss.qvalue_network_params)
-    print(f"{one}; {cfg.num_seeds} seeds at once, {backends.describe(cfg)} each")
-    runs.announce(trainer.optimization_stepper)
+    runs.announce(cfg, f"{one}; {cfg.num_seeds} seeds at once, {backends.describe(cfg)} each", sac_pmoe.updates(cfg))
     bar = ProgressBar(
         trainer.total_frames,
         observer.status,

@@ -101,8 +101,8 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
                 for key in SET_BY_POLICIES
             },
             "collector.backend": (
-                cfg.collector.backend is not None,
-                "null, the task is a batch of environments of its own",
+                cfg.collector.backend != "serial",
+                "serial, the task is one batch of environments in this process",
             ),
             "collector.num_envs": (
                 cfg.exploration_frames % cfg.collector.num_envs != 0,
@@ -135,8 +135,6 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
             if run.policy != "gating":
                 run.blend = "parameters"
             sac_pmoe.resolve_config(run)
-            # the task is a batch of environments of its own
-            run.collector.backend = None
             configs[f"{name}-seed{seed}"] = run
     return configs
 

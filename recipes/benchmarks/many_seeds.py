@@ -46,7 +46,7 @@ def stacked_update(overrides: Sequence[str], seeds: int, device: str, compiled: 
     loss = losses[0] if seeds == 1 else StackedLoss(losses)
     target = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
     shape = () if seeds == 1 else (seeds,)
-    stepper = runs.build_stepper(cfg, 0, target, shape=shape)
+    stepper = runs.build_stepper(cfg, target, shape=shape)
     trainer = update.stand_in(loss, runs.build_optimizer(cfg, loss, None))
     batches = [update.make_batch(device) for _ in range(seeds)]
     batch = batches[0] if seeds == 1 else TensorDict.stack(batches)

@@ -99,7 +99,7 @@ def recipe_update(overrides: Sequence[str], device: str, compiled: bool) -> stoc
     optimizer = runs.build_optimizer(cfg, loss, actor)
     target = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
     cfg.compile.enabled = compiled
-    stepper, trainer = runs.build_stepper(cfg, 0, target), stand_in(loss, optimizer)
+    stepper, trainer = runs.build_stepper(cfg, target), stand_in(loss, optimizer)
     return lambda batch: stepper.step(trainer, batch)
 
 

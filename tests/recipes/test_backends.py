@@ -1,4 +1,4 @@
-"""The key that says where frames are collected: what it picks, refuses and runs."""
+"""What a run does the same on every machine: where frames are collected, and whether updates are compiled."""
 
 from __future__ import annotations
 
@@ -53,20 +53,48 @@ def everything_installed(monkeypatch):
     monkeypatch.setattr(backends.EnvPoolEnv, "available", staticmethod(lambda name: name == "Ant-v4"))
 
 
+@pytest.mark.parametrize("installed", ["nothing_installed", "everything_installed"])
 @pytest.mark.parametrize("recipe", [sac_pmoe, ppo_pmoe, dac])
-def test_null_picks_envpool_for_several_environments_that_it_has(recipe, everything_installed):
-    def picked(*overrides):
-        return recipe_runs.resolve(recipe, *overrides).collector.backend
-
-    assert picked("env=Ant-v4", "collector.num_envs=8") == "envpool"
-    assert picked("env=Ant-v4") == "serial"
-    assert picked("env=Pendulum-v1", "collector.num_envs=8") == "serial"
-    assert picked("env=Ant-v4", "collector.num_envs=8", "+env_kwargs.ctrl_cost_weight=1") == "serial"
-    assert picked("env=Ant-v4", "collector.num_envs=8", "collector.backend=parallel") == "parallel"
+def test_the_default_backend_does_not_depend_on_what_is_installed(recipe, installed, request):
+    request.getfixturevalue(installed)
+    assert recipe_runs.resolve(recipe, "env=Ant-v4", "collector.num_envs=8").collector.backend == "serial"
 
 
-def test_null_picks_serial_where_nothing_is_installed(nothing_installed):
-    assert recipe_runs.resolve(sac_pmoe, "env=Ant-v4", "collector.num_envs=8").collector.backend == "serial"
+@pytest.fixture
+def no_compiler():
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        yield
+
+
+# 1 update a frame; 320 updates in 2,048 frames
+@pytest.mark.parametrize(("recipe", "frames"), [(sac_pmoe, 50_000), (ppo_pmoe, 320_000), (dac, 320_000)])
+def test_updates_are_compiled_where_there_are_fifty_thousand(recipe, frames, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "has_compiler", lambda: True)
+    for total_frames, compiled in ((frames, True), (frames - 1, False)):
+        cfg = recipe_runs.resolve(recipe, f"total_frames={total_frames}")
+        assert cfg.compile.enabled is compiled
+        runs.announce(cfg, "about", total_frames * 50_000 / frames)
+        assert f"about, compile.enabled={str(compiled).lower()}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", [sac_pmoe, ppo_pmoe, dac])
+def test_without_a_compiler_long_runs_are_eager_and_say_so(recipe, no_compiler, capsys):
+    cfg = recipe_runs.resolve(recipe)
+    assert cfg.compile.enabled is False
+    runs.announce(cfg, "about", cfg.total_frames)
+    assert capsys.readouterr().out == (
+        "about, compile.enabled=false (there is no C++ compiler: g++, clang++ on macOS, or what CXX names)\n"
+    )
+    line = r"compile\.enabled=True: must be false or null where there is no C\+\+ compiler"
+    with pytest.raises(recipe_runs.common.UsageError, match=line):
+        recipe_runs.resolve(recipe, "compile.enabled=true")
+
+
+def test_a_run_that_goes_on_keeps_its_choice():
+    cfg = recipe_runs.resolve(sac_pmoe, "total_frames=100")
+    cfg.total_frames = 1_000_000
+    sac_pmoe.resolve_config(cfg)
+    assert cfg.compile.enabled is False
 
 
 @pytest.mark.parametrize(
@@ -74,7 +102,7 @@ def test_null_picks_serial_where_nothing_is_installed(nothing_installed):
     [
         ("collector.backend=envpool", "serial or parallel without the package envpool: pip install"),
         ("collector.backend=mjx", "serial or parallel without jax and mujoco-mjx: pip install"),
-        ("collector.backend=brax", "one of serial, parallel, envpool, mjx or null"),
+        ("collector.backend=brax", "one of serial, parallel, envpool, mjx"),
     ],
 )
 def test_a_backend_that_is_missing_is_refused(override, allowed, nothing_installed):
@@ -97,8 +125,8 @@ def test_a_task_that_a_backend_lacks_is_refused(backend, override, why, everythi
 
 
 def test_target_reaching_has_environments_of_its_own():
-    with pytest.raises(recipe_runs.common.UsageError, match=r"collector\.backend=serial: must be null"):
-        recipe_runs.resolve(target_reaching, "collector.backend=serial")
+    with pytest.raises(recipe_runs.common.UsageError, match=r"collector\.backend=envpool: must be serial"):
+        recipe_runs.resolve(target_reaching, "collector.backend=envpool")
 
 
 @pytest.mark.parametrize("backend", [installed("parallel"), installed("envpool"), installed("mjx")])

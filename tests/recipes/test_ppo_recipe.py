@@ -41,7 +41,7 @@ def test_run_ends_well_and_prints_what_is_trained_and_progress_bars(run):
     # trunk 64 + 272, locs 17 * 3, scales 3, router 4 * 3
     assert recipe_runs.about_line(run[1].stdout) == (
         "Pendulum-v1: policy pmoe of 3 experts, 402 parameters (12 of them the router's); "
-        "1 environment, collector.backend=serial"
+        "1 environment, collector.backend=serial, compile.enabled=false"
     )
     bars = assert_a_line_and_a_progress_bar(run[1])
     assert "return=" in bars[-1]
@@ -52,6 +52,7 @@ def test_run_directory_holds_config_metrics_checkpoints_and_plot(run):
     directory, _ = run
     config = OmegaConf.load(directory / "config.yaml")
     assert config.num_experts == 3
+    assert (config.collector.backend, config.compile.enabled) == ("serial", False)
     assert config.resume is None
     assert None not in (config.scoring, config.routing, config.device, config.logger.eval_expert)
     assert (directory / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -104,7 +105,7 @@ def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys)
     tiny = ["total_frames=256", "logger.eval_interval=128", "logger.eval_episodes=1", "logger.eval_max_steps=20"]
     recipe_runs.run_here(ppo_pmoe, tmp_path, *SMALL, *tiny, *args)
     assert recipe_runs.about_line(capsys.readouterr().out) == (
-        f"Pendulum-v1: policy {line}; 1 environment, collector.backend=serial"
+        f"Pendulum-v1: policy {line}; 1 environment, collector.backend=serial, compile.enabled=false"
     )
     table = rows(tmp_path)
     assert [row["frames"] for row in table] == ["128", "256"]

@@ -47,7 +47,7 @@ def test_run_ends_well_and_prints_what_is_trained_and_a_progress_bar(pmoe_run):
     # trunk 64 + 272, experts 17 * 6, router 17 * 3; a critic 80 + 272 + 17
     assert recipe_runs.about_line(done.stdout) == (
         "Pendulum-v1: policy pmoe of 3 experts, 489 parameters (51 of them the router's); critics 738 parameters; "
-        "1 environment, collector.backend=serial"
+        "1 environment, collector.backend=serial, compile.enabled=false"
     )
     bars = assert_a_line_and_a_progress_bar(done)
     assert "return=" in bars[-1]
@@ -58,6 +58,7 @@ def test_run_directory_holds_config_metrics_checkpoints_and_plot(pmoe_run):
     run, _ = pmoe_run
     config = OmegaConf.load(run / "config.yaml")
     assert config.num_experts == 3
+    assert (config.collector.backend, config.compile.enabled) == ("serial", False)
     assert config.collector.frames_per_batch == 1
     assert None not in (config.scoring, config.routing, config.backprop, config.score, config.acting, config.device)
     assert (run / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -128,7 +129,8 @@ TINY = [
 def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys):
     recipe_runs.run_here(sac_pmoe, tmp_path, *TINY, *args)
     assert recipe_runs.about_line(capsys.readouterr().out) == (
-        f"Pendulum-v1: policy {line}; critics 738 parameters; 1 environment, collector.backend=serial"
+        f"Pendulum-v1: policy {line}; critics 738 parameters; "
+        "1 environment, collector.backend=serial, compile.enabled=false"
     )
     table = rows(tmp_path)
     assert [row["frames"] for row in table] == ["20", "40"]
