@@ -324,12 +324,29 @@ def build_agent(cfg: DictConfig) -> Agent:
     return Agent(env, normalization, actor, value, loss)
 
 
+class MinibatchSampler(SamplerWithoutReplacement):
+    """TorchRL's; an order that is loaded comes to the frames, on whose device later ones are drawn.
+
+    Args:
+        device: of the frames.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__()
+        self.device = device
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the order of a checkpoint."""
+        order = state_dict["_sample_list"]
+        super().load_state_dict({**state_dict, "_sample_list": None if order is None else order.to(self.device)})
+
+
 def build_buffer(cfg: DictConfig) -> TensorDictReplayBuffer:
     """Holds the last batch of frames and hands it out in minibatches, each frame once an epoch."""
     frames = cfg.collector.frames_per_batch
     return TensorDictReplayBuffer(
         storage=LazyTensorStorage(frames, device=cfg.device),
-        sampler=SamplerWithoutReplacement(),
+        sampler=MinibatchSampler(cfg.device),
         batch_size=frames // cfg.loss.num_minibatches,
     )
 

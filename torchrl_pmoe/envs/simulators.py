@@ -123,9 +123,12 @@ class EpisodeState:
             self.collector.reset()
             return
         carrier = self.collector._carrier
-        carried = TensorDict(state_dict["carried"], carrier.batch_size, device=carrier.device).unflatten_keys("/")
+        carried = TensorDict(state_dict["carried"], carrier.batch_size).unflatten_keys("/")
         # a run may get or lose the mark of bad steps on its way
         known = carried.select(*carrier.keys(True, True), strict=False)
+        # entry by entry: those of the environment and those of the policy may lie on two devices
+        for key, value in known.items(True, True):
+            known.set(key, value.to(carrier.get(key).device))
         self.collector._carrier = carrier.clone().update(known)
 
 

@@ -194,7 +194,7 @@ class StateFileAdapter(CheckpointAdapter):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
-        """Read ``state.pt``."""
+        """Read ``state.pt``, onto the CPU unless ``map_location`` says otherwise."""
         del tensor_load_kwargs
         component.load_state_dict(_read_state(path / _STATE, map_location), *args, **kwargs)
 
@@ -263,7 +263,10 @@ class ReplayRowsAdapter(CheckpointAdapter):
                 first = end
         if first != stop:
             raise ValueError(f"its rows {first} to {stop} are missing")
-        component.sampler.load_state_dict(state["sampler"])
+        # an order that is drawn without replacement lies, and is drawn again, where the rows are
+        device = component.storage.device
+        moved = {key: value.to(device) for key, value in state["sampler"].items() if isinstance(value, Tensor)}
+        component.sampler.load_state_dict({**state["sampler"], **moved})
 
 
 class _Constant:
@@ -310,7 +313,9 @@ def _read_rows(file: Path) -> TensorDict:
 
 
 def _read_state(file: Path, map_location: Any) -> Any:
-    return torch.load(io.BytesIO(file.read_bytes()), map_location=map_location, weights_only=True)
+    # the device that wrote the file need not be there
+    where = "cpu" if map_location is None else map_location
+    return torch.load(io.BytesIO(file.read_bytes()), map_location=where, weights_only=True)
 
 
 def _read_sums(file: Path) -> Iterator[tuple[str, str]]:

@@ -107,7 +107,7 @@ class FiniteBatch(TrainerHookBase):
         rows = batch.reshape(-1)
         flat = bad.flatten()
         # row 0 is the last good one of the batches before
-        pool: TensorDictBase = torch.cat([rows[:1] if self._good is None else self._good, rows])
+        pool: TensorDictBase = torch.cat([rows[:1] if self._good is None else self._good.to(flat.device), rows])
         index = torch.arange(1, len(pool), device=flat.device)
         good = torch.where(flat, 0, index)
         source = good.cummax(0).values

@@ -309,7 +309,8 @@ class FusedOptimizationStepper(OptimizationStepper):
         values = torch.stack([outputs[key].reshape(-1).expand(self._shape.numel()) for key in self._keys])
         if bad is not None:
             values = values.masked_fill(bad, 0)
-        self._sums = values if self._sums is None else self._sums + values
+        # sums of a checkpoint come to the device of the updates with the first of them
+        self._sums = values if self._sums is None else self._sums.to(values.device) + values
         self._count = self._count + (1 if bad is None else ~bad)
 
     def means(self) -> dict[str, float]:
