@@ -120,7 +120,7 @@ def test_several_seeds_at_once_go_on(tmp_path):
 
 def test_a_compiled_run_goes_on_compiled(tmp_path):
     pytest.importorskip("torch._inductor")
-    if not (shutil.which("g++") or shutil.which("clang++")):
+    if not runs.has_compiler():
         pytest.skip("no C++ compiler here")
     recipe_runs.run_here(sac_pmoe, tmp_path / "whole", *SAC, "compile.enabled=true")
     interrupted_copy(tmp_path / "whole", tmp_path / "half", 150)
