@@ -355,9 +355,9 @@ class FusedOptimizationStepper(OptimizationStepper):
 def _in_layout_of(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
     """A gradient with the strides of its parameter.
 
-    ``backward`` sees to that itself, ``torch.autograd.grad`` hands gradients back as they come: those of vmapped critics
-    are permuted. A fused optimiser reads both as raw memory, so on a CPU every entry would go to another weight's
-    place in silence, and on CUDA it raises.
+    ``backward`` sees to that itself, ``torch.autograd.grad`` hands gradients back as they come: those of vmapped
+    critics are permuted. A fused optimiser reads both as raw memory, so on a CPU every entry would go to another
+    weight's place in silence, and on CUDA it raises.
     """
     if gradient is None or gradient.stride() == parameter.stride():
         return gradient
