@@ -26,6 +26,7 @@ import resume
 import runs
 import seeds
 import torch
+import torchrl
 from common import UsageError
 from omegaconf import DictConfig
 from policies import UNIMODAL, build_experts_actor, describe
@@ -340,7 +341,8 @@ def build_replay_buffer(cfg: DictConfig, device: torch.device | str = "cpu") -> 
             )
         except RuntimeError as error:
             raise UsageError(
-                "replay_buffer.prb=True: must be false where TorchRL's compiled extension does not load"
+                f"replay_buffer.prb=True: must be false with torch {torch.__version__}, with which the compiled "
+                f"extension of torchrl {torchrl.__version__} does not load (README, Versions)"
             ) from error
     return TensorDictReplayBuffer(storage=storage, batch_size=cfg.optim.batch_size)
 

@@ -33,6 +33,12 @@ SMALL_PPO = [
     "logger.eval_episodes=2",
     "checkpoint.interval=256",
 ]
+try:
+    import torchrl._torchrl  # noqa: F401
+
+    HAS_EXTENSION = True
+except ImportError:
+    HAS_EXTENSION = False
 CLOCKS = {"wall_seconds", "frames_per_second"}
 
 

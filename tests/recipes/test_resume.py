@@ -41,6 +41,7 @@ SAC = [
     "checkpoint.keep=100",
 ]
 PPO = [*recipe_runs.SMALL_PPO, "total_frames=768", "checkpoint.interval=128", "checkpoint.keep=100"]
+EXTENSION = pytest.mark.skipif(not recipe_runs.HAS_EXTENSION, reason="TorchRL's extension is built for another torch")
 HERE = ["device=cpu", "logger.progress_bar=false"]
 
 
@@ -75,12 +76,13 @@ def go_on_here(recipe, run: Path, train=None) -> None:
         (sac_pmoe, [*SAC, "acting=best_of_experts", "scoring=gradient", "replay_buffer.scratch_dir=SCRATCH"], 100),
         (sac_pmoe, [*SAC, "on_nonfinite=skip", "optim.router_lr=1e-3", "collector.frames_per_batch=10"], 120),
         (sac_pmoe, [*SAC, "collector.init_random_frames=120"], 60),
+        pytest.param(sac_pmoe, [*SAC, "replay_buffer.prb=true", "replay_buffer.size=64"], 150, marks=EXTENSION),
         (ppo_pmoe, [*PPO], 256),
         (ppo_pmoe, [*PPO, "env=HalfCheetah-v4", "scoring=critic", "collector.num_envs=2"], 512),
         (ppo_pmoe, [*PPO, "collector.backend=serial", "on_nonfinite=skip", "actions=bounded"], 384),
         (dac, [*PPO], 384),
     ],
-    ids=["sac", "gaussian", "memmap", "skip", "random frames", "ppo", "critic", "ppo skip", "dac"],
+    ids=["sac", "gaussian", "memmap", "skip", "random frames", "prioritised", "ppo", "critic", "ppo skip", "dac"],
 )  # fmt: skip
 def test_an_interrupted_run_ends_with_the_metrics_of_one_that_was_left_alone(recipe, overrides, after, tmp_path):
     overrides = [value.replace("SCRATCH", str(tmp_path / "scratch")) for value in overrides]

@@ -222,6 +222,15 @@ def test_gumbel_softmax_reaches_the_distribution_with_its_options():
     assert type(loss) is SACLoss
 
 
+@pytest.mark.skipif(recipe_runs.HAS_EXTENSION, reason="TorchRL's extension loads")
+def test_prioritised_replay_names_what_it_needs():
+    cfg = resolve("replay_buffer.prb=true")
+    with_this = re.escape(torch.__version__)
+    line = rf"^replay_buffer\.prb=True: must be false with torch {with_this}, .*torchrl 0.*does not load"
+    with pytest.raises(common.UsageError, match=line):
+        sac_pmoe.build_replay_buffer(cfg)
+
+
 def test_batches_default_to_one_step_of_every_environment():
     assert resolve("collector.num_envs=3").collector.frames_per_batch == 3
 

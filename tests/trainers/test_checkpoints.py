@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
+from torchrl.data.replay_buffers.samplers import RandomSampler, SamplerWithoutReplacement
 
 from torchrl_pmoe.trainers import VerifiedCheckpoint
 
@@ -145,6 +145,51 @@ def test_the_order_of_a_sampler_goes_on(tmp_path):
     VerifiedCheckpoint(buffer=other).load(VerifiedCheckpoint(buffer=buffer).save(tmp_path / "checkpoint"))
     for _ in range(4):
         torch.testing.assert_close(other.sample()["observation"], buffer.sample()["observation"])
+
+
+class Tree:
+    """What TorchRL's compiled trees can be asked, where its extension does not load."""
+
+    def __init__(self, size):
+        self._values = torch.zeros(size, dtype=torch.float64)
+
+    def __getitem__(self, index):
+        return self._values[index].clone()
+
+    def __setitem__(self, index, value):
+        self._values[index] = value
+
+    def __reduce__(self):
+        raise TypeError("a tree is no tensor")
+
+
+class Priorities(RandomSampler):
+    """Keeps a priority of every row in a tree."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.tree = Tree(size)
+
+    def extend(self, index):
+        self.tree[index] = 1.0
+
+    def state_dict(self):
+        return {"_beta": 0.5, "_max_priority": (torch.tensor(7.0), torch.tensor(3)), "_sum_tree": self.tree}
+
+    def load_state_dict(self, state):
+        self.tree = state["_sum_tree"]
+
+
+@pytest.mark.parametrize("number", [8, 130])
+def test_priorities_come_back_in_the_places_of_their_rows(number, tmp_path):
+    buffer, other = (make_buffer(sampler=Priorities(100)) for _ in range(2))
+    for start in range(0, number, 2):
+        buffer.extend(rows(start, 2))
+    held = min(number, 100)
+    buffer.sampler.tree[torch.arange(held)] = torch.rand(held, dtype=torch.float64)
+    VerifiedCheckpoint(buffer=other).load(VerifiedCheckpoint(buffer=buffer).save(tmp_path / "checkpoint"))
+    everywhere = torch.arange(100)
+    torch.testing.assert_close(other.sampler.tree[everywhere], buffer.sampler.tree[everywhere], rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------- bad files

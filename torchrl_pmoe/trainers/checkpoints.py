@@ -231,7 +231,10 @@ class ReplayRowsAdapter(CheckpointAdapter):
             end = min(begin + self.rows_per_file, stop)
             index = torch.arange(begin, end) % component.storage.max_size
             _write_rows(path / _ROWS.format(begin, end), component.storage.get(index))
-        state = {"start": start, "stop": stop, "sampler": component.sampler.state_dict()}
+        sampler, slots = component.sampler.state_dict(), torch.arange(start, stop) % component.storage.max_size
+        # trees of priorities are objects of TorchRL's extension: of these, the numbers of the rows in order
+        trees = {key: torch.as_tensor(tree[slots]) for key, tree in sampler.items() if key.endswith("_tree")}
+        state = {"start": start, "stop": stop, "sampler": {**sampler, **trees}}
         StateFileAdapter().save(_Constant(state), path, args=(), kwargs={})
 
     def load(
@@ -263,10 +266,15 @@ class ReplayRowsAdapter(CheckpointAdapter):
                 first = end
         if first != stop:
             raise ValueError(f"its rows {first} to {stop} are missing")
-        # an order that is drawn without replacement lies, and is drawn again, where the rows are
-        device = component.storage.device
-        moved = {key: value.to(device) for key, value in state["sampler"].items() if isinstance(value, Tensor)}
-        component.sampler.load_state_dict({**state["sampler"], **moved})
+        sampler, fresh = state["sampler"], component.sampler.state_dict()
+        for key, value in sampler.items():
+            if key.endswith("_tree"):
+                sampler[key] = fresh[key]
+                sampler[key][torch.arange(start, stop) % component.storage.max_size] = value
+            elif isinstance(value, Tensor):
+                # an order that is drawn without replacement lies, and is drawn again, where the rows are
+                sampler[key] = value.to(component.storage.device)
+        component.sampler.load_state_dict(sampler)
 
 
 class _Constant:
