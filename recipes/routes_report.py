@@ -28,6 +28,8 @@ LABELS = {
     "pmoe_all": "PMOE, all",
     "pmoe_max": "PMOE, max",
     "pmoe": "PMOE, default",
+    "pmoe_decoupled": "PMOE, decoupled",
+    "pmoe_paper": "PMOE, paper",
     "pmoe_soft": "PMOE, soft",
 }
 # eight hues that stay apart under every kind of colour blindness (Okabe and Ito)
@@ -39,6 +41,8 @@ POLICY_STYLES = {
     "pmoe_all": ("#009E73", "^"),
     "pmoe_max": ("#D55E00", "v"),
     "pmoe": ("#CC79A7", "D"),
+    "pmoe_decoupled": ("#56B4E9", "*"),
+    "pmoe_paper": ("#999999", "p"),
     "pmoe_soft": ("#0072B2", "X"),
 }
 STYLE: Any = {

@@ -377,8 +377,8 @@ def watch_experts(trainer: Trainer, actor: ProbabilisticActor, states: Callable[
 
     ExpertCollapse(
         usage,
-        advice="a smaller optim.router_lr slows that, routing=soft_frequency backprop=weighted score=mixture keeps "
-        "several experts, and routing=none tells whether they are needed (README)",
+        advice="a smaller optim.router_lr slows that, routing=soft_frequency keeps several experts, "
+        "and routing=none tells whether they are needed (README)",
     ).register(trainer)
 
 

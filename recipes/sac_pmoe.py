@@ -28,7 +28,7 @@ import seeds
 import torch
 import torchrl
 from common import UsageError
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from policies import UNIMODAL, build_experts_actor, describe
 from rules import Rule, choice, either, flag, integer, number, text
 from tensordict import TensorDictBase
@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
     "optim.target_entropy": either(number(), "auto"),
     "collector.frames_per_batch": either(integer(1, 2**31 - 1), None),
     "collector.init_random_frames": integer(0),
+    "loss.decoupled": flag(),
     "loss.entropy_from": either(choice("policy", "winner"), None),
     "loss.temperature": number(above=0),
     "loss.straight_through": flag(),
@@ -94,22 +95,25 @@ PAPER = {
     "loss.entropy_from": "winner",
     "logger.eval_expert": "drawn",
 }
-ROUTINGS = {
-    "critic": ("frequency", "soft_frequency", "score_function", "marginal", "none"),
-    "gradient": ("frequency", "soft_frequency", "gumbel_softmax", "none"),
-}
 # the highest return measured (README): the paper's routing, the policy's own entropy, the expert of largest weight
 DEFAULTS = {**PAPER, "loss.entropy_from": "policy", "logger.eval_expert": "largest"}
-# no critic call there, so no backprop; the drawn expert's own density leaves its experts stuck (bandits in the README)
-GRADIENT_SCORED = {
-    **DEFAULTS,
-    "scoring": "gradient",
-    "backprop": None,
-    "score": "mixture",
-    "loss.entropy_from": None,
+PARTNERS: dict[tuple[str, str], dict[str, str | None]] = {
+    ("critic", "frequency"): {},
+    ("critic", "soft_frequency"): {"backprop": "weighted", "score": "mixture"},
+    ("critic", "score_function"): {"backprop": "routed", "score": "mixture"},
+    ("critic", "marginal"): {"backprop": "all", "score": "mixture"},
+    ("critic", "none"): {"backprop": "weighted", "score": "mixture"},
+    **{
+        # no critic call there, so no backprop
+        ("gradient", routing): {"backprop": None, "score": "mixture", "loss.entropy_from": None}
+        for routing in ("frequency", "soft_frequency", "gumbel_softmax", "none")
+    },
 }
-# the likelihood ratio estimates the soft objective's slope in the router; here the experts follow the same objective
-SCORE_FUNCTION = {**DEFAULTS, "backprop": "routed", "score": "mixture"}
+"""By scoring and routing: what differs from the defaults where a routing did best.
+
+Measured on the bandits whose optimum is known, but for ``frequency``, which has the highest return (README). The first
+row that fits what a config names is taken; what it names besides stays.
+"""
 PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
 STORED = ["observation", "action", *[("next", key) for key in ("observation", "reward", "done", "terminated")]]
 NEEDED = {"replay_buffer": "the replay buffer (checkpoint.replay_buffer=true)"}
@@ -122,13 +126,9 @@ DIAGNOSED_STATES = 1000
 def resolve_config(cfg: DictConfig) -> None:
     """Check the config and fill in what it leaves to the preset, the defaults or the environment."""
     common.check_config(cfg, RULES)
-    fills: Mapping[str, str | None] = DEFAULTS
+    fills: Mapping[str, str | None] = DEFAULTS if cfg.policy in UNIMODAL else partners(cfg)
     if cfg.preset == "paper":
         fills = PAPER
-    elif cfg.scoring == "gradient" or (cfg.routing == "gumbel_softmax" and cfg.scoring is None):
-        fills = GRADIENT_SCORED
-    elif cfg.routing == "score_function":
-        fills = SCORE_FUNCTION
     common.fill_preset(cfg, PAPER, fills, PAPER_NUM_EXPERTS, for_unimodal=("acting",))
     if cfg.network.router is None:
         cfg.network.router = "detached" if cfg.policy == "pmoe" else "shared"
@@ -146,6 +146,22 @@ def updates(cfg: DictConfig) -> float:
     return cfg.total_frames * cfg.optim.utd_ratio
 
 
+def partners(cfg: DictConfig) -> Mapping[str, str | None]:
+    """The values of the keys that a config leaves null, as its scoring and its routing did best with."""
+    for (scoring, routing), others in PARTNERS.items():
+        if cfg.scoring in (None, scoring) and cfg.routing in (None, routing):
+            return {**DEFAULTS, "scoring": scoring, "routing": routing, **others}
+    allowed = ", ".join(routing for scoring, routing in PARTNERS if scoring == cfg.scoring)
+    raise UsageError(f"routing={cfg.routing}: must be one of {allowed} with scoring={cfg.scoring}")
+
+
+def combination(cfg: DictConfig) -> str:
+    """What a resolved config trains a mixture by, as on a command line; nothing for other policies."""
+    keys = (*DEFAULTS, "loss.decoupled") if cfg.policy == "pmoe" else ()
+    given = {key: OmegaConf.select(cfg, key) for key in keys}
+    return " ".join(f"{key}={value}" for key, value in given.items() if value not in (None, False))
+
+
 def _refuse_combinations(cfg: DictConfig) -> None:
     steps = cfg.optim.utd_ratio * cfg.collector.frames_per_batch
     refused: dict[str, tuple[bool, str]] = {
@@ -157,9 +173,10 @@ def _refuse_combinations(cfg: DictConfig) -> None:
             cfg.scoring == "gradient" and cfg.loss.entropy_from is not None,
             "null with scoring=gradient, where the temperature sees the loss's own draw",
         ),
-        "routing": (
-            cfg.routing not in (None, *ROUTINGS.get(cfg.scoring, ())),
-            f"one of {', '.join(ROUTINGS.get(cfg.scoring, ()))} with scoring={cfg.scoring}",
+        "loss.decoupled": (
+            cfg.policy == "pmoe" and cfg.loss.decoupled and (cfg.backprop != "max" or cfg.preset == "paper"),
+            f"false with {'preset=paper' if cfg.preset == 'paper' else f'backprop={cfg.backprop}'}; "
+            "only max selects an expert by score",
         ),
         "blend": (
             cfg.policy != "gating" and cfg.blend != "parameters",
@@ -302,8 +319,8 @@ def build_loss(cfg: DictConfig, actor: ProbabilisticActor, qvalue: ValueOperator
         "target_entropy": cfg.optim.target_entropy,
     }
     if cfg.policy == "pmoe" and cfg.scoring == "critic":
-        names = ("routing_coef", "routing_loss", "num_proposals")
-        kwargs.update({name: cfg.loss[name] for name in names}, entropy_from=cfg.loss.entropy_from)
+        names = ("routing_coef", "routing_loss", "num_proposals", "decoupled", "entropy_from")
+        kwargs.update({name: cfg.loss[name] for name in names})
         loss = PMOESACLoss(actor, qvalue, routing=cfg.routing, backprop=cfg.backprop, **kwargs)
     else:
         loss = SACLoss(actor, qvalue, **kwargs)
@@ -441,6 +458,12 @@ def diagnose(actor: ProbabilisticActor, loss: SACLoss, states: TensorDictBase) -
     return runs.diagnose(actor, states, lambda action: critics.of_proposals(states["observation"], action))
 
 
+def about(cfg: DictConfig, actor: ProbabilisticActor, loss: SACLoss) -> str:
+    """One line on what is about to be trained, and how."""
+    parts = (describe(cfg, actor, loss.qvalue_network_params), combination(cfg))
+    return "; ".join(part for part in parts if part)
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a training leaves in memory."""
@@ -493,7 +516,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None, *, only_if
         trainer,
         evaluated,
         algorithm="SAC",
-        about=f"{describe(cfg, actor, loss.qvalue_network_params)}; {backends.describe(cfg)}",
+        about=f"{about(cfg, actor, loss)}; {backends.describe(cfg)}",
         updates=updates(cfg),
         loss_columns=LOSS_COLUMNS,
         diagnose=diagnose_run,

@@ -14,7 +14,6 @@ import runs
 import sac_pmoe
 import torch
 from omegaconf import DictConfig
-from policies import describe
 from recording import RunRecorder
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -271,7 +270,7 @@ def train(cfg: DictConfig, run_dir: Path) -> list[Agent]:
         runs.go_on(cfg, run_dir, trainer, checkpoint)
         observer.resume(trainer.collected_frames)
     runs.keep_config(cfg, run_dir)
-    one = describe(cfg, agents[0].actor, agents[0].loss.qvalue_network_params)
+    one = sac_pmoe.about(cfg, agents[0].actor, agents[0].loss)
     runs.announce(cfg, f"{one}; {cfg.num_seeds} seeds at once, {backends.describe(cfg)} each", sac_pmoe.updates(cfg))
     bar = ProgressBar(
         trainer.total_frames,

@@ -46,13 +46,15 @@ from torchrl_pmoe import NormalMixture, PMOEActor
 from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.envs import BatchedTargetReachingEnv
 
-POLICIES: dict[str, dict[str, str]] = {
+POLICIES: dict[str, dict[str, Any]] = {
     "gaussian": {"policy": "gaussian"},
     "gating": {"policy": "gating"},
     "mcp": {"policy": "mcp"},
     "pmoe_all": {"routing": "frequency", "backprop": "all", "score": "mixture"},
     "pmoe_max": {"routing": "frequency", "backprop": "max", "score": "mixture"},
     "pmoe": {},
+    "pmoe_decoupled": {"loss.decoupled": True},
+    "pmoe_paper": {"preset": "paper"},
     "pmoe_soft": {"routing": "soft_frequency", "backprop": "weighted", "score": "mixture"},
 }
 """The policies by name: what each sets in a config of ``sac_pmoe.py``."""
@@ -100,6 +102,7 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
                 key: (OmegaConf.select(cfg, key) is not None, "null, each of policies has its own")
                 for key in SET_BY_POLICIES
             },
+            "loss.decoupled": (cfg.loss.decoupled, "false, that is what pmoe_decoupled of policies has"),
             "collector.backend": (
                 cfg.collector.backend != "serial",
                 "serial, the task is one batch of environments in this process",
@@ -130,7 +133,8 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
             OmegaConf.set_struct(run, False)
             for key in OWN_KEYS:
                 run.pop(key)
-            run.update(POLICIES[name])
+            for key, value in POLICIES[name].items():
+                OmegaConf.update(run, key, value)
             run.seed, run.num_seeds = seed, 1
             if run.policy != "gating":
                 run.blend = "parameters"

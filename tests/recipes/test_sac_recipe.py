@@ -47,7 +47,8 @@ def test_run_ends_well_and_prints_what_is_trained_and_a_progress_bar(pmoe_run):
     # trunk 64 + 272, experts 17 * 6, router 17 * 3; a critic 80 + 272 + 17
     assert recipe_runs.about_line(done.stdout) == (
         "Pendulum-v1: policy pmoe of 3 experts, 489 parameters (51 of them the router's); critics 738 parameters; "
-        "1 environment, collector.backend=serial, compile.enabled=false"
+        "scoring=critic routing=frequency backprop=max score=expert acting=policy loss.entropy_from=policy "
+        "logger.eval_expert=largest; 1 environment, collector.backend=serial, compile.enabled=false"
     )
     bars = assert_a_line_and_a_progress_bar(done)
     assert "return=" in bars[-1]
@@ -123,20 +124,22 @@ TINY = [
          "pmoe of 4 experts, 540 parameters (68 of them the router's)"),
         (["routing=score_function", "loss.num_proposals=2"],
          "pmoe of 4 experts, 540 parameters (68 of them the router's)"),
+        (["loss.decoupled=true"], "pmoe of 4 experts, 540 parameters (68 of them the router's)"),
     ],
     ids=lambda x: "-".join(x[:2]) if isinstance(x, list) else "",
 )  # fmt: skip
 def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys):
     recipe_runs.run_here(sac_pmoe, tmp_path, *TINY, *args)
+    how = sac_pmoe.combination(resolve(*TINY, *args))
     assert recipe_runs.about_line(capsys.readouterr().out) == (
-        f"Pendulum-v1: policy {line}; critics 738 parameters; "
+        f"Pendulum-v1: policy {line}; critics 738 parameters; {how + '; ' * bool(how)}"
         "1 environment, collector.backend=serial, compile.enabled=false"
     )
     table = rows(tmp_path)
     assert [row["frames"] for row in table] == ["20", "40"]
     assert table[-1]["return_mean"] != ""
     assert table[-1]["loss_actor"] != ""
-    assert (table[-1]["loss_routing"] != "") == (args[0] == "routing=score_function")
+    assert (table[-1]["loss_routing"] != "") == (args[0] in ("routing=score_function", "loss.decoupled=true"))
 
 
 SPEC = common.make_env("Pendulum-v1", 0, 1).action_spec_unbatched
@@ -174,6 +177,15 @@ def test_the_router_reads_the_trunk_as_the_policy_needs_it_unless_said_otherwise
         (["routing=gumbel_softmax"], ("gradient", "gumbel_softmax", None, "mixture")),
         (["routing=gumbel_softmax", "score=expert"], ("gradient", "gumbel_softmax", None, "expert")),
         (["routing=score_function"], ("critic", "score_function", "routed", "mixture")),
+        (["routing=soft_frequency"], ("critic", "soft_frequency", "weighted", "mixture")),
+        (["routing=soft_frequency", "backprop=max"], ("critic", "soft_frequency", "max", "mixture")),
+        (["routing=soft_frequency", "score=expert"], ("critic", "soft_frequency", "weighted", "expert")),
+        (["routing=marginal"], ("critic", "marginal", "all", "mixture")),
+        (["routing=none"], ("critic", "none", "weighted", "mixture")),
+        (["routing=frequency"], ("critic", "frequency", "max", "expert")),
+        (["scoring=gradient"], ("gradient", "frequency", None, "mixture")),
+        (["scoring=gradient", "routing=soft_frequency"], ("gradient", "soft_frequency", None, "mixture")),
+        (["preset=paper"], ("critic", "frequency", "max", "expert")),
         (["routing=score_function", "backprop=max", "score=expert"], ("critic", "score_function", "max", "expert")),
         (["policy=gating", "routing=score_function"], (None, None, None, None)),
         ([], ("critic", "frequency", "max", "expert")),
@@ -183,6 +195,24 @@ def test_the_router_reads_the_trunk_as_the_policy_needs_it_unless_said_otherwise
 def test_a_routing_brings_what_goes_with_it(overrides, expected):
     cfg = resolve(*overrides)
     assert (cfg.scoring, cfg.routing, cfg.backprop, cfg.score) == expected
+    if None not in (cfg.backprop, cfg.score):
+        actor, loss = built(*overrides)
+        assert (loss.routing, loss.backprop, actor[-1].distribution_kwargs["score"]) == expected[1:]
+    said = sac_pmoe.combination(cfg)
+    names = zip(("scoring", "routing", "backprop", "score"), expected, strict=True)
+    assert said.startswith(" ".join(f"{name}={value}" for name, value in names if value is not None))
+
+
+@pytest.mark.parametrize("partners", sac_pmoe.PARTNERS.items(), ids=lambda found: "-".join(found[0]))
+def test_a_config_with_the_partners_of_its_routing_written_out_is_the_same(partners):
+    (scoring, routing), fills = partners
+    given = [f"scoring={scoring}", f"routing={routing}"]
+    written = [f"{key}={value}" for key, value in fills.items() if value is not None]
+    assert resolve(*given) == resolve(*given, *written)
+
+
+def test_decoupled_max_reaches_the_loss():
+    assert [built(*given)[1].decoupled for given in ([], ["loss.decoupled=true"])] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -286,6 +316,10 @@ def test_bad_value_is_named_with_what_is_allowed(override, allowed):
         (["routing=gumbel_softmax", "loss.straight_through=false", "score=expert"], "score"),
         (["loss.straight_through=false"], "loss.straight_through"),
         (["loss.temperature=0.5"], "loss.temperature"),
+        (["loss.decoupled=true", "backprop=all"], "loss.decoupled"),
+        (["loss.decoupled=true", "routing=marginal"], "loss.decoupled"),
+        (["loss.decoupled=true", "scoring=gradient"], "loss.decoupled"),
+        (["loss.decoupled=true", "preset=paper"], "loss.decoupled"),
         (["policy=mcp", "blend=actions"], "blend"),
         (["policy=gating", "preset=paper"], "preset"),
         (["policy=mcp", "preset=paper"], "preset"),

@@ -154,8 +154,9 @@ def test_routes_start_where_the_task_says_even_if_training_starts_anywhere(tmp_p
 
 
 def test_each_policy_is_what_its_name_says():
-    runs = configs("policies=[gaussian,gating,mcp,pmoe_all,pmoe_max,pmoe,pmoe_soft]", "num_seeds=2", "seed=5")
-    assert len(runs) == 14
+    names = "gaussian,gating,mcp,pmoe_all,pmoe_max,pmoe,pmoe_decoupled,pmoe_paper,pmoe_soft"
+    runs = configs(f"policies=[{names}]", "num_seeds=2", "seed=5")
+    assert len(runs) == 18
     found = {name: (cfg.policy, cfg.routing, cfg.backprop, cfg.score) for name, cfg in runs.items() if "seed5" in name}
     assert found == {
         "gaussian-seed5": ("gaussian", None, None, None),
@@ -164,8 +165,17 @@ def test_each_policy_is_what_its_name_says():
         "pmoe_all-seed5": ("pmoe", "frequency", "all", "mixture"),
         "pmoe_max-seed5": ("pmoe", "frequency", "max", "mixture"),
         "pmoe-seed5": ("pmoe", *(sac_pmoe.DEFAULTS[key] for key in ("routing", "backprop", "score"))),
+        "pmoe_decoupled-seed5": ("pmoe", *(sac_pmoe.DEFAULTS[key] for key in ("routing", "backprop", "score"))),
+        "pmoe_paper-seed5": ("pmoe", *(sac_pmoe.PAPER[key] for key in ("routing", "backprop", "score"))),
         "pmoe_soft-seed5": ("pmoe", "soft_frequency", "weighted", "mixture"),
     }
+    assert {name for name, cfg in runs.items() if cfg.loss.decoupled} == {
+        "pmoe_decoupled-seed5",
+        "pmoe_decoupled-seed6",
+    }
+    assert {name for name, cfg in runs.items() if cfg.loss.entropy_from == "winner"} == {
+        "pmoe_paper-seed5", "pmoe_paper-seed6",
+    }  # fmt: skip
     assert {cfg.seed for cfg in runs.values()} == {5, 6}
     assert {cfg.env_kwargs.layout for cfg in runs.values()} == {"one"}
 
@@ -177,6 +187,7 @@ def test_each_policy_is_what_its_name_says():
         ("policies=[pmoe,pmoe]", "policies=['pmoe', 'pmoe']: must be a list of "),
         ("policy=gating", "policy=gating: must be named in policies"),
         ("routing=marginal", "routing=marginal: must be null, each of policies has its own"),
+        ("loss.decoupled=true", "loss.decoupled=True: must be false, that is what pmoe_decoupled of policies has"),
         ("env=Pendulum-v1", "env=Pendulum-v1: must be one of PMOE/TargetReaching-v0"),
         ("env_kwargs.layout=five", "env_kwargs: TargetReachingTask: layout"),
         ("+env_kwargs.bang=1", "env_kwargs: "),

@@ -76,6 +76,14 @@ def test_experts_that_take_turns_or_come_back_are_not_told():
     evaluated_at(hook, trainer, [10, 20, 30, 40, 50, 60])
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_expert_alone_takes_over_from_nobody():
+    trainer = make_trainer()
+    hook = ExpertCollapse(lambda: torch.ones(1), frames=20, look_every=10)
+    hook.register(trainer)
+    evaluated_at(hook, trainer, [10, 20, 30, 40])
+
+
 def test_a_collapse_is_remembered_in_checkpoints():
     trainer = make_trainer()
     first = ExpertCollapse(usage_over_time(1.0, 1.0), frames=20, look_every=10)

@@ -77,6 +77,8 @@ class ExpertCollapse(_StatelessHook):
             return
         self._looked = now
         usage = self.usage().tolist()
+        if len(usage) < 2:
+            return  # one expert has nobody to take over from
         largest = max(usage)
         expert = usage.index(largest)
         if largest <= self.share:
