@@ -113,15 +113,9 @@ def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> Opt
     return actor
 
 
-def build_agent(cfg: DictConfig) -> ppo_pmoe.Agent:
-    """Everything that a resolved config describes, seeded."""
-    env, normalization = ppo_pmoe.build_env(cfg)
-    common.seed_everything(cfg.seed)
-    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
-    actor = build_actor(cfg, spec, observation_size)
-    value = ppo_pmoe.build_value(cfg, observation_size, cfg.num_options, "option_value")
-    env = env.append_transform(InitTracker()).append_transform(actor.make_tensordict_primer())
-    loss = DACLoss(
+def build_loss(cfg: DictConfig, actor: OptionActor, value: ValueOperator) -> DACLoss:
+    """The clipped losses over options and over actions."""
+    return DACLoss(
         actor,
         value,
         clip_epsilon=cfg.loss.clip_epsilon,
@@ -132,6 +126,17 @@ def build_agent(cfg: DictConfig) -> ppo_pmoe.Agent:
         entropy_coeff=cfg.loss.entropy_coeff,
         high_entropy_coeff=cfg.loss.high_entropy_coeff,
     )
+
+
+def build_agent(cfg: DictConfig) -> ppo_pmoe.Agent:
+    """Everything that a resolved config describes, seeded."""
+    env, normalization = ppo_pmoe.build_env(cfg)
+    common.seed_everything(cfg.seed)
+    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
+    actor = build_actor(cfg, spec, observation_size)
+    value = ppo_pmoe.build_value(cfg, observation_size, cfg.num_options, "option_value")
+    env = env.append_transform(InitTracker()).append_transform(actor.make_tensordict_primer())
+    loss = build_loss(cfg, actor, value)
     return ppo_pmoe.Agent(env, normalization, actor, value, loss)
 
 
