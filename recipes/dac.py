@@ -31,7 +31,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import TensorSpec
 from torchrl.envs import InitTracker
-from torchrl.modules import IndependentNormal, TanhNormal
+from torchrl.modules import IndependentNormal, TanhNormal, ValueOperator
 
 from torchrl_pmoe.modules.options import OptionActor
 from torchrl_pmoe.objectives import DACLoss, DoubleGAE
