@@ -2,21 +2,17 @@
 
     python tests/recipes/overrides.py --number 300 --seed 0 --csv out.csv
 
-A recipe imports for seconds what hardly changes from run to run. So one process imports it all and forks once for every
-command; the child runs the recipe's file as ``python recipes/NAME.py ARGUMENTS`` does.
+Each runs in a process that is forked for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import gc
-import json
 import os
 import random
 import re
 import resource
-import runpy
 import shlex
 import shutil
 import signal
@@ -30,22 +26,21 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-HERE = Path(__file__).resolve().parent
-RECIPES = HERE.parents[1] / "recipes"
+from fork_server import RECIPES, Forked, ForkServer, environment
+
 if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
-import matplotlib.pyplot  # noqa: E402, F401  (a run draws at its end)
-from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
-from hydra.errors import HydraException  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from tqdm import tqdm
 
-import dac  # noqa: E402  # isort: skip
-import ppo_pmoe  # noqa: E402  # isort: skip
-import sac_pmoe  # noqa: E402  # isort: skip
-import target_reaching  # noqa: E402  # isort: skip
+import dac  # isort: skip
+import ppo_pmoe  # isort: skip
+import sac_pmoe  # isort: skip
+import target_reaching  # isort: skip
 
 LIMIT = 10.0
 """Seconds after which a run hangs."""
@@ -363,19 +358,20 @@ class Runner:
     def _run(self, command: Command, home: Path) -> tuple[int, int | None, float]:
         """Process id, exit status and seconds."""
         with (home / "stdout").open("wb") as out, (home / "stderr").open("wb") as err:
-            child = subprocess.Popen(
-                [sys.executable, str(command.path), *command.args],
-                cwd=home / "cwd",
-                env=environment() | {"TMPDIR": str(home / "tmp")},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-                preexec_fn=_limit_memory,
-            )
-            status, seconds = watch(child.pid, self.limit)
-            child.returncode = status
-        return child.pid, status, seconds
+            process = self._start(command, home, out, err)
+        return process.pid, *watch(process, self.limit)
+
+    def _start(self, command: Command, home: Path, out: IO[bytes], err: IO[bytes]) -> subprocess.Popen[bytes] | Forked:
+        return subprocess.Popen(
+            [sys.executable, str(command.path), *command.args],
+            cwd=home / "cwd",
+            env=environment() | {"TMPDIR": str(home / "tmp")},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            preexec_fn=_limit_memory,
+        )
 
     def _lay_out_runs(self, command: Command, home: Path) -> None:
         """Runs to go on with, where the command names them."""
@@ -396,72 +392,47 @@ class Runner:
 
 
 class Server(Runner):
-    """A runner with one process that has imported everything and forks for every command."""
+    """A runner whose commands are forked from one process that has imported everything."""
 
     def __enter__(self) -> Server:
-        self._log = (self.root / "server").open("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--serve"],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            start_new_session=True,
-        )
+        self._server = ForkServer(environment())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-        self._log.close()
+        self._server.close()
 
-    def _run(self, command: Command, home: Path) -> tuple[int, int | None, float]:
-        ask, answers = self._process.stdin, self._process.stdout
-        assert ask is not None
-        assert answers is not None
-        request = {"path": str(command.path), "args": command.args, "home": str(home), "limit": self.limit}
-        print(json.dumps(request), file=ask, flush=True)
-        answer = answers.readline()
-        if not answer:
-            raise RuntimeError(f"the server has ended: {Path(self._log.name).read_text()}")
-        pid, status, seconds = json.loads(answer)
-        return pid, status, seconds
+    def _start(self, command: Command, home: Path, out: IO[bytes], err: IO[bytes]) -> Forked:
+        return self._server.start(
+            [str(command.path), *command.args],
+            cwd=home / "cwd",
+            env=environment() | {"TMPDIR": str(home / "tmp")},
+            files=(out.fileno(), err.fileno()),
+            memory=MEMORY,
+        )
 
 
-def serve() -> dict[str, Any] | None:
-    """Fork for every request; returns it in the child, and ``None`` in this process when there are no more."""
-    if len(os.listdir("/proc/self/task")) > 1:
-        sys.exit("a process with threads cannot be forked")
-    gc.freeze()  # or every child copies what its collector walks over
-    for line in iter(sys.stdin.buffer.readline, b""):
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _become(Path(request["home"]))
-            return request
-        print(json.dumps((pid, *watch(pid, request["limit"]))), flush=True)
-    return None
-
-
-def watch(pid: int, limit: float) -> tuple[int | None, float]:
-    """Wait for the end of a child process, or kill it and its group.
+def watch(process: subprocess.Popen[bytes] | Forked, limit: float) -> tuple[int | None, float]:
+    """Wait for the end of a process, or kill it and its group.
 
     Returns:
         Its exit status, ``None`` where it was killed, and its seconds. Those in which it waited for a processor do not
         count: they are other programs'.
     """
-    started = time.monotonic()
+    started, waited = time.monotonic(), 0.0
 
     def seconds() -> float:
-        return time.monotonic() - started - _waited(pid)
+        return time.monotonic() - started - waited
 
-    while not (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)) and seconds() < limit:
-        time.sleep(0.01)
+    while process.poll() is None and seconds() < limit:
+        waited = max(waited, _waited(process.pid))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.05)
     taken = seconds()
-    if not ended:
-        os.killpg(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return status if ended else None, taken
+    if process.returncode is not None:
+        return process.returncode, taken
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return None, taken
 
 
 def _waited(pid: int) -> float:
@@ -470,26 +441,6 @@ def _waited(pid: int) -> float:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):
         return 0.0
-
-
-def _become(home: Path) -> None:
-    """What a shell does for a command, in a process that was forked for it."""
-    os.setsid()
-    _limit_memory()
-    for number, name, flags in ((0, "/dev/null", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
-        file = os.open(home / name, flags | os.O_CREAT)
-        os.dup2(file, number)
-        os.close(file)
-    sys.stdin = os.fdopen(0, closefd=False)
-    os.chdir(home / "cwd")
-    os.environ["TMPDIR"] = str(home / "tmp")
-    tempfile.tempdir = None
-
-
-def environment() -> dict[str, str]:
-    """The variables of every command."""
-    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def _limit_memory() -> None:
@@ -651,11 +602,4 @@ def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        request = serve()
-        if request is not None:
-            sys.argv = [request["path"], *request["args"]]
-            sys.path[0] = str(RECIPES)
-            runpy.run_path(request["path"], run_name="__main__")
-    else:
-        sys.exit(min(main(), 1))
+    sys.exit(min(main(), 1))

@@ -8,19 +8,23 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 import pytest
+from fork_server import AVAILABLE, RECIPES, Forked, ForkServer, environment
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import common  # noqa: E402
+import common
 
 SMALL_PPO = [
     "env=Pendulum-v1",
@@ -39,48 +43,94 @@ try:
     HAS_EXTENSION = True
 except ImportError:
     HAS_EXTENSION = False
+LIMIT = 600.0
+"""Seconds after which a run hangs, on a machine that is busy with other things too."""
 CLOCKS = {"wall_seconds", "frames_per_second"}
 
 
-def start(recipe: str, *args: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(RECIPES / f"{recipe}.py"), *args],
+def launch(
+    recipe: str, *args: str, directory: Path, stdout: IO[bytes], stderr: IO[bytes], anew: bool = False
+) -> subprocess.Popen[bytes] | Forked:
+    """Start a recipe as ``python recipes/NAME.py ARGUMENTS`` does, in a process that leads a session of its own.
+
+    Args:
+        recipe: its name.
+        args: the command's arguments.
+        directory: where the command is given.
+        stdout: where it prints.
+        stderr: where it prints errors and progress bars.
+        anew: have Python start, and import all, for this command alone. That takes six seconds more, and is for tests
+            of what happens there; else the process is forked from one that has imported the recipes.
+    """
+    command = [str(RECIPES / f"{recipe}.py"), *args]
+    if AVAILABLE and not anew:
+        return _server().start(command, cwd=directory, env=environment(), files=(stdout.fileno(), stderr.fileno()))
+    return subprocess.Popen(
+        [sys.executable, *command],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def wait_for(condition, process, seconds=300):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-@contextmanager
-def in_background(recipe, *args, directory):
-    process = subprocess.Popen(
-        [sys.executable, str(RECIPES / f"{recipe}.py"), *args],
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
         start_new_session=True,
         # a shell in the background has its children ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+
+
+@cache
+def _server() -> ForkServer:
+    return ForkServer(environment())  # it ends with this process
+
+
+class Running:
+    """A recipe that runs; what :class:`subprocess.Popen` has of it, and ``communicate`` as often as one likes."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | Forked, stdout: IO[bytes], stderr: IO[bytes]) -> None:
+        self._process, self._files = process, (stdout, stderr)
+        self.args, self.pid = process.args, process.pid
+        self.poll, self.send_signal = process.poll, process.send_signal
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def communicate(self, timeout: float = LIMIT) -> tuple[str, str]:
+        """What it has printed by its end, on stdout and stderr."""
+        self._process.wait(timeout)
+        stdout, stderr = (os.pread(file.fileno(), 2**24, 0).decode() for file in self._files)
+        return stdout, stderr.replace("\r", "\n")  # a progress bar goes back to the line's start
+
+
+@contextmanager
+def in_background(recipe: str, *args: str, directory: Path, anew: bool = False) -> Iterator[Running]:
+    """A recipe that runs meanwhile, see :func:`launch`; it and what it has started are killed at the end."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        running = Running(
+            launch(recipe, *args, directory=directory, stdout=stdout, stderr=stderr, anew=anew), stdout, stderr
+        )
+        try:
+            yield running
+        finally:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGKILL)
+                running.communicate()
+
+
+def wait_for(condition: Callable[[], object], running: Running) -> None:
+    """Wait until it holds; the run must not end before."""
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def start(recipe: str, *args: str, directory: Path, anew: bool = False) -> subprocess.CompletedProcess[str]:
+    """A recipe from its start to its end; see :func:`launch`."""
+    with in_background(recipe, *args, directory=directory, anew=anew) as running:
+        printed = running.communicate()
+        return subprocess.CompletedProcess(running.args, running.returncode or 0, *printed)
 
 
 def composed(recipe: ModuleType, *overrides: str) -> DictConfig:

@@ -136,7 +136,7 @@ def test_an_interrupt_ends_a_sweep_once_the_running_job_has_its_checkpoint(tmp_p
     with in_background("sac_pmoe", "-m", *SMALL, *sweep, directory=tmp_path) as running:
         wait_for(lambda: list(job.glob("checkpoints/checkpoint-*")), running)
         running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=600)
+        _, err = running.communicate()
     assert running.returncode == 130
     refused, told, stopped, failed = (line for line in err.splitlines() if line)
     assert refused.startswith("error: seed=nope: ")

@@ -26,20 +26,21 @@ resolve = partial(recipe_runs.resolve, sac_pmoe)
 
 SMALL = [
     "env=Pendulum-v1",
-    "total_frames=400",
+    "total_frames=240",
     "network.hidden_sizes=[16,16]",
     "optim.batch_size=16",
-    "collector.init_random_frames=100",
-    "logger.eval_interval=200",
+    "collector.init_random_frames=80",
+    "logger.eval_interval=120",
     "logger.eval_episodes=2",
-    "checkpoint.interval=200",
+    "checkpoint.interval=120",
 ]
 
 
 @pytest.fixture(scope="module")
 def pmoe_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The true command: all else is forked from a process that has imported the recipes."""
     directory = tmp_path_factory.mktemp("pmoe")
-    return directory / "run", start(*SMALL, "num_experts=3", "hydra.run.dir=run", directory=directory)
+    return directory / "run", start(*SMALL, "num_experts=3", "hydra.run.dir=run", directory=directory, anew=True)
 
 
 def test_run_ends_well_and_prints_what_is_trained_and_a_progress_bar(pmoe_run):
@@ -65,7 +66,7 @@ def test_run_directory_holds_config_metrics_checkpoints_and_plot(pmoe_run):
     assert (run / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert any((run / "checkpoints").iterdir())
     table = rows(run)
-    assert [row["frames"] for row in table] == ["200", "400"]
+    assert [row["frames"] for row in table] == ["120", "240"]
     for row in table:
         assert sum(float(row[f"usage_{k}"]) for k in range(3)) == pytest.approx(1.0, abs=1e-4)
         for name in ("return_mean", "return_std", "loss_actor", "loss_qvalue", "loss_alpha", "loss_routing", "alpha",
@@ -95,7 +96,7 @@ def test_same_seed_gives_the_same_metrics(pmoe_run, tmp_path):
 def test_every_kind_of_run_ends_well(args, tmp_path):
     done = start(*SMALL, "hydra.run.dir=run", *args, directory=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [row["frames"] for row in rows(tmp_path / "run")] == ["200", "400"]
+    assert [row["frames"] for row in rows(tmp_path / "run")] == ["120", "240"]
 
 
 TINY = [
@@ -375,7 +376,8 @@ def test_the_readmes_tasks_can_be_made_in_this_environment(env):
 @pytest.mark.parametrize("what", ["Reward", "Observation"])
 def test_nan_from_the_environment_stops_the_run_and_leaves_the_checkpoint_whole(what, tmp_path):
     env = f"env=recipe_envs:Nan{what}-v0"
-    done = start(*SMALL, env, "total_frames=10_000", "hydra.run.dir=run", directory=tmp_path)
+    bounds = ["total_frames=10_000", "collector.init_random_frames=300", "hydra.run.dir=run"]
+    done = start(*SMALL, env, *bounds, directory=tmp_path)
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert message.startswith("error: ")
@@ -383,8 +385,8 @@ def test_nan_from_the_environment_stops_the_run_and_leaves_the_checkpoint_whole(
     assert "Traceback" not in done.stderr
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints
-    # the environment goes bad at frame 330: the last checkpoint is the one of frame 200
-    assert any("200" in path.name for path in checkpoints)
+    # the environment goes bad at frame 330: the last checkpoint is the one of frame 240
+    assert any("240" in path.name for path in checkpoints)
 
 
 @pytest.mark.parametrize("where", [".", "x/.."])
