@@ -88,7 +88,21 @@ def mixture(**kwargs):
     return PMOEActor(3, spec=Bounded(-1, 1, (A,)), in_features=OBS, num_cells=(8,), **kwargs)
 
 
+class Regression(nn.Module):
+    """A loss that takes the compiler no time, for what does not depend on the loss; it writes into the batch, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(OBS, 1)
+
+    def forward(self, batch):
+        error = self.net(batch["observation"]) - batch["next", "reward"]
+        batch["td_error"] = error.detach().abs().squeeze(-1)
+        return TensorDict(loss_qvalue=error.square().mean(), error=error.detach().mean())
+
+
 LOSSES = {
+    "regression": Regression,
     "SACLoss, Gaussian": lambda: SACLoss(gaussian(), critic()),
     "SACLoss, gradient-scored": lambda: SACLoss(mixture(distribution_kwargs={"routing": "soft_frequency"}), critic()),
     "PMOESACLoss, max": lambda: PMOESACLoss(mixture(), critic()),
@@ -158,10 +172,16 @@ def assert_same(ours, theirs, rtol=1e-9):
         )
 
 
-@pytest.mark.parametrize("name", ["SACLoss, gradient-scored", "PMOESACLoss, weighted", "ClipPPOLoss"])
-def test_traced_updates_are_the_eager_ones(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    # the graph of the loss that has a backward of its own is rewritten by autograd's tracer, too; what becomes of the
+    # others, test_compiled_training.py shows
+    [("SACLoss, gradient-scored", TRACED), ("PMOESACLoss, weighted", EAGER), ("ClipPPOLoss", EAGER)],
+)
+def test_traced_updates_are_the_eager_ones(name, backend):
     eager, means, _, _ = run(name)
-    traced, traced_means, warned, _ = run(name, compile=TRACED)
+    # in one graph, or the compiler would say so in a warning
+    traced, traced_means, warned, _ = run(name, compile={**backend, "fullgraph": True})
     assert_same(traced, eager)
     assert traced_means == pytest.approx(means, rel=1e-9)
     assert warned == []
@@ -169,21 +189,9 @@ def test_traced_updates_are_the_eager_ones(name):
 
 def test_compiled_updates_are_the_eager_ones():
     eager, means, _, _ = run("PMOESACLoss, max")
-    compiled, compiled_means, warned, _ = run("PMOESACLoss, max", compile=True)
+    compiled, compiled_means, warned, _ = run("PMOESACLoss, max", compile={"fullgraph": True})
     assert_same(compiled, eager)
     assert compiled_means == pytest.approx(means, rel=1e-9)
-    assert warned == []
-
-
-def test_loss_and_backward_are_one_graph():
-    seen = []
-
-    def backend(graph, inputs):
-        seen.append(graph)
-        return graph.forward
-
-    _, _, warned, _ = run("PMOESACLoss, max", compile={"backend": backend, "fullgraph": True})
-    assert len(seen) == 1
     assert warned == []
 
 
@@ -192,8 +200,8 @@ STAGES = ("pre_optim_steps", "process_optim_batch", "post_loss", "post_optim", "
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_every_hook_is_called_as_in_an_eager_update():
-    _, _, _, eager = run("SACLoss, Gaussian", steps=2, hooks=STAGES)
-    _, _, _, fused = run("SACLoss, Gaussian", steps=2, hooks=STAGES, compile=EAGER)
+    _, _, _, eager = run("regression", steps=2, hooks=STAGES)
+    _, _, _, fused = run("regression", steps=2, hooks=STAGES, compile=EAGER)
     assert fused == eager
     assert set(eager) == set(STAGES)
 
@@ -211,8 +219,8 @@ def test_post_loss_hooks_find_what_the_loss_wrote():
 
     for stale in (False, True):
         eager, fused = [], []
-        run("SACLoss, Gaussian", before=watch(eager, stale))
-        run("SACLoss, Gaussian", before=watch(fused, stale), compile=EAGER)
+        run("regression", before=watch(eager, stale))
+        run("regression", before=watch(fused, stale), compile=EAGER)
         torch.testing.assert_close(torch.stack(fused), torch.stack(eager), rtol=1e-9, atol=1e-10)
         assert len(eager) == 3
 
@@ -235,8 +243,8 @@ def test_a_compiler_that_fails_is_told_once_and_nothing_is_lost():
     def broken(graph, inputs):
         raise RuntimeError("no such instruction\nmore lines")
 
-    eager, means, _, _ = run("SACLoss, Gaussian")
-    fused, fused_means, warned, _ = run("SACLoss, Gaussian", compile={"backend": broken})
+    eager, means, _, _ = run("regression")
+    fused, fused_means, warned, _ = run("regression", compile={"backend": broken})
     assert_same(fused, eager)
     assert fused_means == pytest.approx(means, rel=1e-9)
     told = [line for line in warned if "eagerly" in line]
