@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
+import argparse
 import csv
-import subprocess
 import sys
 
 import pytest
@@ -28,6 +27,7 @@ import sac_pmoe
 import sac_speed
 import stock
 import update
+import workers
 from watched_runs import Finished
 from workers import MissingPackage
 
@@ -250,9 +250,8 @@ def test_sac_speed_command_times_a_plain_loop(tmp_path, capsys):
 
 WORKERS = """
 import argparse, sys
-from pathlib import Path
 sys.path.insert(0, {benchmarks!r})
-from workers import measure, serve
+from workers import serve
 from common import UsageError
 
 def train(args, turns):
@@ -264,34 +263,33 @@ def train(args, turns):
     for frames in range(0, 10_000, 10):
         turns(frames)
 
-args = argparse.Namespace(rounds=3, frames=25, warm_up=15, threads=1, worker=sys.argv[-1])
-if "--worker" in sys.argv:
-    serve(args, train)
-print(measure(Path(__file__), sys.argv[1].split(","), [], args))
+serve(argparse.Namespace(frames=25, warm_up=15, threads=1, worker=sys.argv[-1]), train)
 """
 
 
-def _measure_workers(directory, names):
+def _measure_workers(directory, *names):
     script = directory / "script.py"
     script.write_text(WORKERS.format(benchmarks=str(RECIPES / "benchmarks")))
-    return subprocess.run([sys.executable, str(script), names], capture_output=True, text=True, check=False)
+    return workers.measure(script, names, [], argparse.Namespace(rounds=3, threads=1))
 
 
-def test_worker_that_breaks_ends_the_comparison_in_one_line(tmp_path):
-    done = _measure_workers(tmp_path, "broken")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == "error: broken: the training ended by itself, with status 3"
+def test_worker_that_breaks_ends_the_comparison_in_one_line(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        _measure_workers(tmp_path, "broken")
+    assert stopped.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1] == "error: broken: the training ended by itself, with status 3"
 
 
-def test_worker_that_cannot_run_is_left_out_with_the_reason(tmp_path):
-    done = _measure_workers(tmp_path, "timed,refused")
-    assert done.returncode == 0, done.stderr
-    found = ast.literal_eval(done.stdout)
+def test_worker_that_cannot_run_is_left_out_with_the_reason(tmp_path, capfd):
+    found = _measure_workers(tmp_path, "timed", "refused")
     assert list(found) == ["timed"]
     assert len(found["timed"]) == 3
-    assert "refused: left out, why it cannot run\n" in done.stderr
-    assert "said on the way" in done.stderr
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "refused: left out, why it cannot run\n" in err
+    assert "said on the way" in err
 
 
 def test_ppo_speed_command_times_the_recipe(tmp_path, capsys):
