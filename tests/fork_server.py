@@ -21,12 +21,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-RECIPES = HERE.parents[1] / "recipes"
+TESTS = Path(__file__).resolve().parent
+RECIPES = TESTS.parent / "recipes"
 AVAILABLE = hasattr(os, "fork") and hasattr(os, "pidfd_open") and Path("/proc/self/task").is_dir()
 """Whether this system can fork for a command; Linux can."""
 
@@ -37,7 +38,7 @@ _MOST_BYTES = 2**20
 
 def environment() -> dict[str, str]:
     """The variables of every command."""
-    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(TESTS / "recipes"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
@@ -46,7 +47,7 @@ class Forked:
 
     Args:
         server: the process's parent.
-        args: the recipe's file and its arguments.
+        args: the script's file and its arguments.
         pid: of the process, which leads a session of its own.
     """
 
@@ -81,13 +82,19 @@ class Forked:
             os.kill(self.pid, number)
 
 
+@cache
+def shared() -> ForkServer:
+    """The one of this process."""
+    return ForkServer(environment())
+
+
 class ForkServer:
     """Starts commands in processes that are forked from one that has imported the recipes.
 
     Args:
         env: variables of that process; a command has its own.
 
-    It is made at the first command, and ends with this process or with :meth:`close`.
+    It is made at the first command. It ends with this process, and so do commands that still run.
     """
 
     def __init__(self, env: Mapping[str, str]) -> None:
@@ -103,10 +110,10 @@ class ForkServer:
         files: tuple[int, int],
         memory: int | None = None,
     ) -> Forked:
-        """Run a recipe's file.
+        """Run a script.
 
         Args:
-            args: the file and its arguments.
+            args: its file and its arguments.
             cwd: its working directory.
             env: all its variables.
             files: descriptors of what it prints to, and of what it prints errors to.
@@ -126,18 +133,10 @@ class ForkServer:
             raise RuntimeError(f"the fork server has ended: {self._log.read().decode(errors='replace')}")
         return int.from_bytes(answer, "big", signed=True)
 
-    def close(self) -> None:
-        """End the server; what it has started goes on."""
-        if self._process is not None:
-            self._link.close()
-            self._process.wait()
-            self._log.close()
-            self._process = None
-
     def _begin(self) -> None:
         # each message arrives as it was sent, or not at all
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the server lives)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).resolve())],
@@ -154,19 +153,25 @@ def _serve(link: socket.socket) -> dict[str, Any] | None:
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit("a process with threads cannot be forked")
     gc.freeze()  # or every child copies what its collector walks over
+    running: set[int] = set()
     while True:
         data, files, _, _ = socket.recv_fds(link, _MOST_BYTES, 2)
         if not data:
+            for pid in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
             return None
         request = json.loads(data)
         if "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            running.discard(request["wait"])
         else:
             answer = os.fork()
             if answer == 0:
                 link.close()
                 _become(request, files)
                 return request
+            running.add(answer)
         for file in files:
             os.close(file)
         link.send(answer.to_bytes(8, "big", signed=True))

@@ -1,10 +1,9 @@
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from fork_server import AVAILABLE, environment, shared
 from torchrl.envs import GymEnv
 
 from torchrl_pmoe.envs.parallel import parallel_env
@@ -41,7 +40,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
+@pytest.mark.skipif(not AVAILABLE, reason="processes that are forked, and their groups")
 @pytest.mark.parametrize(
     ("case", "sent", "status", "tracebacks"),
     [
@@ -54,35 +53,32 @@ if __name__ == "__main__":
     ],
 )
 def test_its_processes_end_with_the_run(tmp_path, case, sent, status, tracebacks):
-    script = tmp_path / "run.py"
+    script, out, err = (tmp_path / name for name in ("run.py", "out", "err"))
     script.write_text(SCRIPT)
-    process = subprocess.Popen(
-        [sys.executable, script, case],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        files = stdout.fileno(), stderr.fileno()
+        process = shared().start([script, case], cwd=tmp_path, env=environment(), files=files)
     try:
-        assert process.stdout.readline() == "ready\n"
+        wait_for(lambda: out.read_text() == "ready\n" or process.poll() is not None)
         if case == "start":
             time.sleep(0.5)
         if sent == signal.SIGINT:  # the terminal sends it to all
             os.killpg(process.pid, sent)
         elif sent is not None:
             process.send_signal(sent)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == status
+        assert process.wait() == status
+        errors = err.read_text()
         assert errors.count("Traceback") == tracebacks, errors
         assert bool(errors) == bool(tracebacks)
-        for _ in range(100):
-            if not group_lives(process.pid):
-                break
-            time.sleep(0.1)
-        assert not group_lives(process.pid)
+        wait_for(lambda: not group_lives(process.pid))
     finally:
         if group_lives(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.02)
 
 
 def group_lives(group):

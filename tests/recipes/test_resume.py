@@ -33,6 +33,9 @@ SAC = [
     "total_frames=240",
     "network.hidden_sizes=[16,16]",
     "optim.batch_size=16",
+    # two updates for ten frames: they are what a run spends its time with
+    "optim.utd_ratio=0.2",
+    "collector.frames_per_batch=10",
     "collector.init_random_frames=50",
     "logger.eval_interval=60",
     "logger.eval_episodes=2",
@@ -71,10 +74,10 @@ def go_on_here(recipe, run: Path, train=None) -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "after"),
     [
-        (sac_pmoe, [*SAC], 150),
+        (sac_pmoe, [*SAC, "collector.frames_per_batch=1", "optim.utd_ratio=1"], 150),
         (sac_pmoe, [*SAC, "env=Pendulum-v1", "policy=gaussian", "collector.num_envs=2", "replay_buffer.size=64"], 150),
         (sac_pmoe, [*SAC, "acting=best_of_experts", "scoring=gradient", "replay_buffer.scratch_dir=SCRATCH"], 100),
-        (sac_pmoe, [*SAC, "on_nonfinite=skip", "optim.router_lr=1e-3", "collector.frames_per_batch=10"], 120),
+        (sac_pmoe, [*SAC, "on_nonfinite=skip", "optim.router_lr=1e-3"], 120),
         (sac_pmoe, [*SAC, "collector.init_random_frames=120"], 60),
         pytest.param(sac_pmoe, [*SAC, "replay_buffer.prb=true", "replay_buffer.size=64"], 150, marks=EXTENSION),
         (ppo_pmoe, [*PPO], 256),

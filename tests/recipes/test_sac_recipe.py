@@ -32,6 +32,7 @@ SMALL = [
     "collector.init_random_frames=80",
     "logger.eval_interval=120",
     "logger.eval_episodes=2",
+    "logger.eval_max_steps=40",
     "checkpoint.interval=120",
 ]
 
