@@ -213,7 +213,12 @@ class NormalizeBatch(Transform):
         return self._observe(next_tensordict)
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return self._observe(tensordict_reset, tensordict.get("_reset", None))
+        rows = tensordict.get("_reset", None)
+        if rows is None:
+            # all episodes are new, whatever those of a checkpoint had
+            self.discounted = torch.zeros_like(self.discounted)
+            self.undiscounted = torch.zeros_like(self.undiscounted)
+        return self._observe(tensordict_reset, rows)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Observations of any size."""

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import wrappers
 from torchrl.collectors import Collector
 from torchrl.envs import DoubleToFloat, GymWrapper, SerialEnv, TransformedEnv
 from torchrl.modules import RandomPolicy
@@ -87,6 +88,64 @@ def test_the_batched_task_is_restored():
     assert_same_future(env, other, td, 120)
 
 
+class Dreamy(gym.Wrapper):
+    """Keeps the sum of all rewards where nobody looks, unless it is a number."""
+
+    def __init__(self, env, kept):
+        super().__init__(env)
+        self.sum = 0.0 if kept else {"reward": 0.0}
+
+    def step(self, action):
+        observation, reward, *rest = self.env.step(action)
+        if isinstance(self.sum, dict):
+            self.sum["reward"] += reward
+            return observation, self.sum["reward"], *rest
+        self.sum += reward
+        return observation, self.sum, *rest
+
+
+WRAPPERS = {
+    "DelayObservation": lambda env: wrappers.DelayObservation(env, 3),
+    "FrameStackObservation": lambda env: wrappers.FlattenObservation(wrappers.FrameStackObservation(env, 4)),
+    "NormalizeObservation": wrappers.NormalizeObservation,
+    "NormalizeReward": wrappers.NormalizeReward,
+    "TimeAwareObservation": wrappers.TimeAwareObservation,
+    "StickyAction": lambda env: wrappers.StickyAction(env, 0.5),
+    "RecordEpisodeStatistics": wrappers.RecordEpisodeStatistics,
+    "ClipAction": wrappers.ClipAction,
+    "a number of one's own": lambda env: Dreamy(env, True),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_a_wrapper_keeps_is_restored_too(name):
+    env, other = (
+        TransformedEnv(GymWrapper(WRAPPERS[name](gym.make("Pendulum-v1"))), DoubleToFloat()) for _ in range(2)
+    )
+    env.set_seed(1)
+    td = advance(env)
+    other.set_seed(2)
+    other.reset()
+    assert SimulatorState(env).complete
+    SimulatorState(other).load_state_dict(through_a_file(SimulatorState(env).state_dict()))
+    assert_same_future(env, other, td, 250)
+
+
+def test_a_wrapper_that_cannot_be_restored_is_not_said_to_be():
+    env = GymWrapper(Dreamy(gym.make("Pendulum-v1"), False))
+    assert not SimulatorState(env).complete
+
+
+def test_a_list_that_two_hold_stays_one():
+    env = wrappers.RecordEpisodeStatistics(gym.make("Pendulum-v1"))
+    mine = env.return_queue
+    state = SimulatorState(GymWrapper(env)).state_dict()
+    mine.append(3.0)
+    SimulatorState(GymWrapper(env)).load_state_dict(through_a_file(state))
+    assert env.return_queue is mine
+    assert not mine
+
+
 def test_another_number_of_environments_is_refused():
     state = SimulatorState(SerialEnv(2, partial(make, "Pendulum-v1"))).state_dict()
     with pytest.raises(ValueError, match="it has 2 environments, here are 1"):
@@ -152,6 +211,7 @@ def test_a_collector_of_an_unknown_environment_begins_a_new_episode():
     collected(first, 2)
     restored = EpisodeState(second, 0)
     restored.load_state_dict(through_a_file(EpisodeState(first, 0).state_dict()))
+    restored.after_load()
     assert restored.fresh
     first.reset()
     assert (second._carrier["observation"] == first._carrier["observation"]).all()

@@ -8,7 +8,11 @@ import pytest
 import recipe_runs  # noqa: F401  (puts the recipes on the path)
 import torch
 from gymnasium.wrappers.utils import RunningMeanStd
+from torchrl.collectors import Collector
 from torchrl.envs import SerialEnv
+
+from torchrl_pmoe.envs import EpisodeState, SimulatorState
+from torchrl_pmoe.trainers import VerifiedCheckpoint
 
 import common  # isort: skip
 from normalization import RUNNING, BatchMeanStd, RunningNormalization  # isort: skip
@@ -97,6 +101,40 @@ def test_train_return_is_the_mean_of_the_episodes_that_ended():
         running = running * ~step["next", "done"].squeeze(-1)
     assert len(returns) > 2
     assert normalization.train_return() == pytest.approx(np.mean(returns), rel=1e-5)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["wrappers", "batch"])
+def test_after_a_resume_new_episodes_are_normalised_by_the_statistics_that_were_loaded(device, tmp_path, monkeypatch):
+    """As a run begins them whose environment's state is not kept: the checkpoint has the episodes before the rest."""
+    monkeypatch.setattr(SimulatorState, "complete", False)
+
+    def build(seed):
+        normalization = RunningNormalization(SPACE, **OPTIONS, device=device)
+        wrap = normalization.wrap if device is None else lambda env: env
+        env = common.make_env("Hopper-v4", seed, 1, wrap) if device is None else common.make_env("Hopper-v4", seed, 2)
+        env = env if device is None else normalization.transform(env)
+        collector = Collector(env, env.rand_action, frames_per_batch=40, total_frames=-1, track_traj_ids=False)
+        state = {"episodes": EpisodeState(collector, 0), "normalization": normalization}
+        return normalization, collector, VerifiedCheckpoint(**state)
+
+    old, collector, checkpoint = build(0)
+    next(iter(collector))
+    path = checkpoint.save(tmp_path / "checkpoint")
+    count, raw = float(old.statistics["observation"].count), []
+    new, other, loaded = build(1)
+    normalize = new.normalize if device else None
+    if normalize:
+        monkeypatch.setattr(new, "normalize", lambda rows: raw.append(rows.clone()) or normalize(rows))
+    loaded.load(path)
+    rows = 1 if device is None else 2
+    assert float(new.statistics["observation"].count) == pytest.approx(count + rows)
+    first = other._carrier["observation"]
+    if normalize:
+        torch.testing.assert_close(first, normalize(raw[-1]), rtol=1e-5, atol=1e-5)
+        assert new._batch.undiscounted.tolist() == new._batch.discounted.tolist() == [0, 0]
+        assert old._batch.undiscounted.min() > 0
+    # by the few rows that a new run has seen, a first observation is 0 or next to it
+    assert first.abs().max() > 0.1
 
 
 def test_a_checkpoint_moves_between_batches_and_gymnasiums_wrappers():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.utils.seeding import RandomNumberGenerator
+from gymnasium.wrappers.utils import RunningMeanStd
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
@@ -21,6 +23,18 @@ from torchrl_pmoe.envs.target_reaching import TargetReachingEnv
 
 __all__ = ["EpisodeState", "SimulatorState", "generator_state", "load_generator_state"]
 
+_OTHER: Any = object()
+# what every wrapper of Gymnasium has, and a generator that is kept by itself; the checker's copy of the last step
+_NO_STATE = (
+    "env",
+    "_action_space",
+    "_observation_space",
+    "_metadata",
+    "_cached_spec",
+    "_saved_kwargs",
+    "_np_random",
+    "_previous_data",
+)
 # all that these tasks know of an episode is in their plain attributes and, for the first, in MuJoCo's data
 _KNOWN = ("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control.", TargetReachingEnv.__module__)
 
@@ -30,8 +44,9 @@ class SimulatorState:
 
     Known are Gymnasium's MuJoCo and classic-control tasks, :class:`TargetReachingEnv` and
     :class:`BatchedTargetReachingEnv`, alone or in a ``SerialEnv``; after :meth:`load_state_dict` a step gives what it
-    would have given, to the last bit. Of other environments of Gymnasium the random generators are kept, and
-    of environments elsewhere nothing.
+    would have given, to the last bit. Gymnasium's wrappers around them may keep numbers, flags, texts, arrays, running
+    statistics, and lists of these; what a function closes over is not looked into. Of other environments of Gymnasium
+    the random generators are kept, and of environments elsewhere nothing.
 
     Args:
         env: made like the one whose state is loaded.
@@ -46,7 +61,11 @@ class SimulatorState:
     def complete(self) -> bool:
         """Whether an episode can go on."""
         return bool(parts := self._parts()) and all(
-            isinstance(part, BatchedTargetReachingEnv) or type(part.unwrapped).__module__.startswith(_KNOWN)
+            isinstance(part, BatchedTargetReachingEnv)
+            or (
+                type(part.unwrapped).__module__.startswith(_KNOWN)
+                and all(_is_kept(layer) for layer in _layers(part) if isinstance(layer, gymnasium.Wrapper))
+            )
             for part in parts
         )
 
@@ -89,7 +108,8 @@ class EpisodeState:
     """Where a collector stands in its episodes, for checkpoints.
 
     Where the environment's state is known (:class:`SimulatorState`) the episodes go on, to the last bit; else new ones
-    begin, with the random generators of Gymnasium's environments where they were and a new seed for others.
+    begin, with the random generators of Gymnasium's environments where they were and a new seed for others. They begin
+    in :meth:`after_load`: what the first observation passes through (running statistics) is loaded then.
 
     Args:
         collector: in this process.
@@ -113,14 +133,13 @@ class EpisodeState:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on, or begin anew."""
+        """Go on, or get ready to begin anew."""
         simulators = SimulatorState(self.collector.env)
         simulators.load_state_dict(state_dict["simulators"])
         self.fresh = not state_dict["simulators"]["complete"]
         if self.fresh:
             if not state_dict["simulators"]["parts"]:
                 self.collector.env.set_seed((self.seed + state_dict["frames"]) % 2**31)
-            self.collector.reset()
             return
         carrier = self.collector._carrier
         carried = TensorDict(state_dict["carried"], carrier.batch_size).unflatten_keys("/")
@@ -130,6 +149,11 @@ class EpisodeState:
         for key, value in known.items(True, True):
             known.set(key, value.to(carrier.get(key).device))
         self.collector._carrier = carrier.clone().update(known)
+
+    def after_load(self) -> None:
+        """Begin new episodes where none can go on."""
+        if self.fresh:
+            self.collector.reset()
 
 
 def generator_state(env: gymnasium.Env) -> str:
@@ -167,7 +191,7 @@ def _load_state(part: gymnasium.Env | BatchedTargetReachingEnv, state: dict[str,
     load_generator_state(part, state["generator"])
     for layer, values in zip(_layers(part), state.get("layers", []), strict="layers" in state):
         for name, value in values.items():
-            setattr(layer, name, value.numpy()[()].copy() if isinstance(value, torch.Tensor) else value)
+            setattr(layer, name, _unpack(value, getattr(layer, name, None)))
     fields = _mujoco(part) if state.get("mujoco") else {}
     for name, value in fields.items():
         value[...] = state["mujoco"][name].numpy()
@@ -189,14 +213,53 @@ def _layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
 
 
 def _plain(layer: gymnasium.Env) -> dict[str, Any]:
-    """The attributes of one layer that are numbers, flags, nothing or arrays of numbers."""
-    found: dict[str, Any] = {}
-    for name, value in vars(layer).items():
-        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-            found[name] = torch.from_numpy(np.array(value))
-        elif value is None or isinstance(value, bool | int | float):
-            found[name] = value
-    found.pop("_np_random", None)
+    """The attributes of one layer that can be kept."""
+    packed = {name: _pack(value) for name, value in vars(layer).items() if name not in _NO_STATE}
+    return {name: value for name, value in packed.items() if value is not _OTHER}
+
+
+def _is_kept(wrapper: gymnasium.Wrapper) -> bool:
+    """Whether all that a wrapper may change in a step is kept, as far as its attributes tell."""
+    stateless: tuple[type, ...] = (gymnasium.Space, type, np.dtype)
+    if type(wrapper).__module__.startswith("gymnasium."):
+        # its functions are the constructor's arguments
+        stateless = (*stateless, Callable)  # type: ignore[arg-type]
+    return all(
+        name in _NO_STATE or isinstance(value, stateless) or _pack(value) is not _OTHER
+        for name, value in vars(wrapper).items()
+    )
+
+
+def _pack(value: Any) -> Any:
+    """A value of tensors, numbers and texts alone; ``_OTHER`` for one that cannot be told so."""
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.array(value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, RunningMeanStd):
+        return {"moments": [_pack(part) for part in (value.mean, value.var, value.count)]}
+    if type(value) in (deque, list, tuple):
+        items = [_OTHER if isinstance(item, RunningMeanStd) else _pack(item) for item in value]
+        return _OTHER if any(item is _OTHER for item in items) else {type(value).__name__: items}
+    return _OTHER
+
+
+def _unpack(value: Any, there: Any) -> Any:
+    """What was packed; lists and statistics are filled where they are, since others may hold them too."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy()[()].copy()
+    if not isinstance(value, dict):
+        return value
+    ((kind, packed),) = value.items()
+    items = [_unpack(item, None) for item in packed]
+    if kind == "moments":
+        there.mean, there.var, there.count = items
+        return there
+    if kind == "tuple":
+        return tuple(items)
+    found: Any = there if isinstance(there, deque | list) else {"deque": deque, "list": list}[kind]()
+    found.clear()
+    found.extend(items)
     return found
 
 

@@ -101,11 +101,15 @@ class VerifiedCheckpoint(Checkpoint):
     def load(self, path: str | Path, **kwargs: Any) -> CheckpointLoadResult:
         """Check a checkpoint, then restore the components.
 
+        A component with a method ``after_load`` has it called when all of them are restored.
+
         Raises:
             CheckpointError: as :meth:`verify`, and where a component is missing or does not fit.
         """
         self.verify(path)
         loaded = super().load(path, **kwargs)
+        for name in loaded.loaded:
+            getattr(self.components[name], "after_load", lambda: None)()
         self.last = Path(path).expanduser().absolute()
         # what the next checkpoint links from here is neither read nor counted again
         self._sums = {_identity(self.last / name): digest for name, digest in _read_sums(self.last / SUMS)}
