@@ -56,6 +56,7 @@ def make_env(
         wrap: puts Gymnasium's wrappers around each (``serial``).
         clip_actions: take actions of any size and clip them into ``[-1, 1]``.
     """
+    common.try_env(cfg.env, cfg.env_kwargs)
     backend, number, skip = cfg.collector.backend, cfg.collector.num_envs, cfg.on_nonfinite == "skip"
     if backend == "mjx":
         print("MJX compiles the physics: up to a minute")

@@ -30,7 +30,7 @@ from rules import Rule, choice, device, either, flag, integer, mapping, number, 
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
+from torchrl.envs import DoubleToFloat, DTypeCastTransform, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.envs import FiniteSteps, RawActionPolicy, normalize_actions, parallel_env
 from torchrl_pmoe.envs.finite import read_nonfinite
@@ -435,12 +435,13 @@ def _quiet_make() -> Iterator[None]:
         yield
 
 
-def make_gym(name: str, kwargs: Mapping[str, Any] | None = None) -> gym.Env:
+def make_gym(name: str, kwargs: Mapping[str, Any] | None = None, *, checked: bool = True) -> gym.Env:
     """A Gymnasium environment with a vector of observations and a bounded vector of actions.
 
     Args:
         name: Gymnasium id.
         kwargs: of the environment.
+        checked: whether Gymnasium looks at its first step and warns of what is unusual.
 
     Raises:
         UsageError: where there is no such environment, or its spaces are others.
@@ -448,31 +449,95 @@ def make_gym(name: str, kwargs: Mapping[str, Any] | None = None) -> gym.Env:
     given: Any = OmegaConf.to_container(kwargs) if isinstance(kwargs, DictConfig) else kwargs
     try:
         with _quiet_make():
-            env = gym.make(name, **(given or {}))
+            env = gym.make(name, disable_env_checker=None if checked else True, **(given or {}))
     # an environment's own constructor may raise anything
     except Exception as error:
-        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
-        if given and name in gym.registry:
-            raise UsageError(f"env_kwargs={given}: must be arguments of {name} ({reason})") from error
-        raise UsageError(f"env={name}: must be the id of an installed Gymnasium environment ({reason})") from error
+        raise UsageError(_not_made(name, given, error)) from error
     observation, action = env.observation_space, env.action_space
     allowed = None
     if not isinstance(action, gym.spaces.Box):
         allowed = f"an environment with a Box of continuous actions, this one has {_one_line(action)}"
-    elif action.dtype.kind != "f" or len(action.shape) != 1 or not action.shape[0]:
+    elif action.dtype not in _FLOATS or len(action.shape) != 1 or not action.shape[0]:
         allowed = f"an environment with a vector of continuous actions, this one has {_one_line(action)}"
     elif not np.isfinite(width := _width(action)).all():
         allowed = f"an environment with bounded actions, which are scaled to [-1, 1]; this one has {_one_line(action)}"
     elif not (width > 0).all():
         allowed = f"an environment with actions whose bounds differ, this one has {_one_line(action)}"
     elif not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 1:
-        allowed = f"an environment with a Box vector of observations, this one has {_one_line(observation)}"
-    elif observation.dtype.kind != "f" or not observation.shape[0]:
-        allowed = f"an environment with floating-point observations, this one has {_one_line(observation)}"
+        flattened = "gymnasium.wrappers.FlattenObservation makes one of others"
+        allowed = (
+            f"an environment with a Box vector of observations ({flattened}), this one has {_one_line(observation)}"
+        )
+    elif observation.dtype not in _FLOATS or not observation.shape[0]:
+        cast = "gymnasium.wrappers.DtypeObservation casts others"
+        allowed = f"an environment with floating-point observations ({cast}), this one has {_one_line(observation)}"
     if allowed is not None:
         env.close()
         raise UsageError(f"env={name}: must be {allowed}")
     return env
+
+
+def _not_made(name: str, kwargs: Any, error: Exception) -> str:
+    """Why there is no environment, in one line: its id, its arguments, or a fault of its own."""
+    reason = re.sub(r"\x1b\[[0-9;]*m", "", process.describe(error))
+    known = name.rpartition(":")[2]
+    if known not in gym.registry and not any(key.startswith(f"{known}-v") for key in gym.registry):
+        return f"env={name}: must be the id of an installed Gymnasium environment ({reason})"
+    if kwargs and isinstance(error, TypeError | ValueError | LookupError | AssertionError | gym.error.Error):
+        return f"env_kwargs={kwargs}: must be arguments of {name} ({reason})"
+    given = f"with env_kwargs={kwargs} it raised" if kwargs else "it raised"
+    return f"env={name}: must be an environment that can be made; {given} {reason} ({process.keep_traceback(error)})"
+
+
+_TRIED: set[str] = set()
+
+
+def try_env(name: str, kwargs: Mapping[str, Any] | None = None) -> None:
+    """Take one step in an environment that is thrown away, so that what it cannot do is told before any work.
+
+    Args:
+        name: Gymnasium id.
+        kwargs: of the environment.
+
+    Raises:
+        UsageError: where it cannot be made, reset or stepped, or what it returns is not what its spaces say.
+    """
+    if (key := f"{name} {dict(kwargs or {})}") in _TRIED:
+        return
+    with closing(make_gym(name, kwargs, checked=False)) as env, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first: Any
+        second: Any
+        reward: Any
+        doing = "reset"
+        try:
+            first, _ = env.reset(seed=0)
+            env.action_space.seed(0)
+            doing = "step"
+            second, reward, *_ = env.step(env.action_space.sample())
+        # an environment may raise anything
+        except Exception as error:
+            raise UsageError(
+                f"env={name}: must be an environment that can be reset and stepped; its {doing} raised "
+                f"{process.describe(error)} ({process.keep_traceback(error)})"
+            ) from error
+        shape: Any = env.observation_space.shape
+    for doing, observation in (("reset", first), ("step", second)):
+        if np.shape(observation) != shape:
+            what = (
+                f"observations of shape {shape} as its space says; its {doing} returned shape {np.shape(observation)}"
+            )
+            raise UsageError(f"env={name}: must be an environment with {what}")
+    if np.shape(reward) != () or not hasattr(reward, "__float__"):
+        shown = f"shape {np.shape(reward)}" if np.shape(reward) else type(reward).__name__
+        single = "gymnasium.wrappers.TransformReward makes it one"
+        raise UsageError(
+            f"env={name}: must be an environment whose reward is a number ({single}), this one has {shown}"
+        )
+    _TRIED.add(key)
+
+
+_FLOATS = (np.float16, np.float32, np.float64)
 
 
 def _width(box: gym.spaces.Box) -> np.ndarray:
@@ -513,6 +578,8 @@ def make_env(
         gym_env = make_gym(name, kwargs)
         env = GymWrapper(wrap(FiniteSteps(gym_env) if skip_nonfinite else gym_env))
         env = TransformedEnv(read_nonfinite(env) if skip_nonfinite else env, DoubleToFloat())
+        if torch.float16 in (env.observation_spec["observation"].dtype, env.action_spec.dtype):
+            env.append_transform(DTypeCastTransform(torch.float16, torch.float32))
         return normalize_actions(env, clip=clip_actions)
 
     if processes:

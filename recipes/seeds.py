@@ -103,6 +103,7 @@ def make_env(cfg: DictConfig) -> EnvBase:
         wide = cfg.copy()
         wide.collector.num_envs = number * cfg.num_seeds
         return backends.make_env(wide)
+    common.try_env(cfg.env, cfg.env_kwargs)
     seeds = []
     for index in range(cfg.num_seeds):
         seed = cfg.seed + index

@@ -83,6 +83,39 @@ class Unbounded(Line):
     action_space = Box(-np.inf, np.inf, (1,), np.float32)
 
 
+class Odd(Line):
+    """What a user may get wrong, one thing at a time.
+
+    Args:
+        fault: its name.
+        obs: type of the observations.
+        act: type of the actions.
+    """
+
+    def __init__(self, fault: str = "", obs: str = "float64", act: str = "float32") -> None:
+        super().__init__()
+        self.fault = fault
+        self.observation_space = Box(-np.inf, np.inf, (2,), np.dtype(obs).type)
+        self.action_space = Box(-3.0, 3.0, (1,), np.dtype(act).type)
+        if fault == "constructor":
+            raise ZeroDivisionError("no motor")
+        if fault == "value":
+            raise ValueError(f"fault={fault} is not known")
+
+    def reset(self, *, seed=None, options=None):
+        if self.fault == "reset":
+            raise ZeroDivisionError("no motor")
+        _, info = super().reset(seed=seed)
+        return np.zeros(5 if self.fault == "shape" else 2, self.observation_space.dtype), info
+
+    def step(self, action):
+        if self.fault == "step":
+            raise ZeroDivisionError("no motor")
+        _, _, *rest = super().step(action)
+        rewards = {"none": None, "vector": np.ones(1), "text": "1"}
+        return self.observe().astype(self.observation_space.dtype), rewards.get(self.fault, 1.0), *rest
+
+
 class Point(gym.Env):
     """A point in the plane that is pushed to the origin, in units of its own.
 
@@ -108,5 +141,5 @@ class Point(gym.Env):
         return self.position.copy(), -float(self.position @ self.position), False, self.time == 20, {}
 
 
-for kind in (NanReward, NanObservation, RewardGlitch, ObservationGlitch, Breaks, Hungry, Pixels, Unbounded, Point):
+for kind in (NanReward, NanObservation, RewardGlitch, ObservationGlitch, Breaks, Hungry, Pixels, Unbounded, Odd, Point):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, disable_env_checker=True)
