@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import common
 import gymnasium as gym
 from omegaconf import DictConfig
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
-from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, FiniteStep, mujoco_task, normalize_actions
+from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, mujoco_task, normalize_actions
 from torchrl_pmoe.envs.physics import has_mjx
 
 BACKENDS = ("serial", "parallel", "envpool", "mjx")
@@ -57,7 +57,7 @@ def make_env(
         clip_actions: take actions of any size and clip them into ``[-1, 1]``.
     """
     common.try_env(cfg.env, cfg.env_kwargs)
-    backend, number, skip = cfg.collector.backend, cfg.collector.num_envs, cfg.on_nonfinite == "skip"
+    backend, number = cfg.collector.backend, cfg.collector.num_envs
     if backend == "mjx":
         print("MJX compiles the physics: up to a minute")
         batched: EnvBase = mujoco_task(cfg.env, number, seed=cfg.seed, device=cfg.device)
@@ -72,7 +72,6 @@ def make_env(
             wrap,
             cfg.env_kwargs,
             processes=processes,
-            skip_nonfinite=skip,
             clip_actions=clip_actions,
         )
-    return normalize_actions(TransformedEnv(batched, FiniteStep()) if skip else batched, clip=clip_actions)
+    return normalize_actions(batched, clip=clip_actions)

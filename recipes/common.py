@@ -32,8 +32,7 @@ from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import DoubleToFloat, DTypeCastTransform, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
-from torchrl_pmoe.envs import FiniteSteps, RawActionPolicy, normalize_actions, parallel_env
-from torchrl_pmoe.envs.finite import read_nonfinite
+from torchrl_pmoe.envs import RawActionPolicy, normalize_actions, parallel_env
 from torchrl_pmoe.envs.physics import quiet_mujoco
 from torchrl_pmoe.trainers import NonFiniteError
 
@@ -558,7 +557,6 @@ def make_env(
     kwargs: Mapping[str, Any] | None = None,
     *,
     processes: bool = False,
-    skip_nonfinite: bool = False,
     clip_actions: bool = False,
 ) -> EnvBase:
     """A seeded TorchRL environment of Gymnasium's ``name``, in float32, with actions in ``[-1, 1]``.
@@ -570,14 +568,11 @@ def make_env(
         wrap: puts Gymnasium's wrappers around each.
         kwargs: of the environment.
         processes: whether each environment has a process of its own.
-        skip_nonfinite: mark steps with NaN or infinite numbers, and end the episode there.
         clip_actions: take actions of any size and clip them into ``[-1, 1]``.
     """
 
     def single() -> EnvBase:
-        gym_env = make_gym(name, kwargs)
-        env = GymWrapper(wrap(FiniteSteps(gym_env) if skip_nonfinite else gym_env))
-        env = TransformedEnv(read_nonfinite(env) if skip_nonfinite else env, DoubleToFloat())
+        env = TransformedEnv(GymWrapper(wrap(make_gym(name, kwargs))), DoubleToFloat())
         if torch.float16 in (env.observation_spec["observation"].dtype, env.action_spec.dtype):
             env.append_transform(DTypeCastTransform(torch.float16, torch.float32))
         return normalize_actions(env, clip=clip_actions)

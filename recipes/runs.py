@@ -71,7 +71,6 @@ class Evaluator:
         seed: of the environments and of what the policy may draw.
         device: of the policy.
         env_kwargs: of the environments.
-        on_nonfinite: whether an episode with a NaN or infinite number ends the run (``"stop"``) or is not counted.
     """
 
     def __init__(
@@ -84,10 +83,8 @@ class Evaluator:
         seed: int,
         device: str = "cpu",
         env_kwargs: Mapping[str, Any] | None = None,
-        on_nonfinite: str = "stop",
     ) -> None:
         self.policy = policy
-        self.on_nonfinite = on_nonfinite
         self.max_steps = max_steps
         self.device = device
         self.seed = seed
@@ -97,7 +94,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The return of every episode, ``[episodes]``; nan for one that is not counted."""
+        """The return of every episode, ``[episodes]``."""
         with isolated_rng(self.seed), set_exploration_type(ExplorationType.DETERMINISTIC):
             return self._episodes()
 
@@ -115,12 +112,10 @@ class Evaluator:
                 observation[index], reward, terminated, truncated, _ = self.envs[index].step(action)
                 returns[index] += float(reward)
                 if not (np.isfinite(observation[index]).all() and math.isfinite(reward)):
-                    if self.on_nonfinite == "stop":
-                        raise NonFiniteError(
-                            "the evaluation met a NaN or infinite reward or observation: the run stops here"
-                        )
-                    returns[index] = torch.nan
-                elif not (terminated or truncated):
+                    raise NonFiniteError(
+                        "the evaluation met a NaN or infinite reward or observation: the run stops here"
+                    )
+                if not (terminated or truncated):
                     still.append(index)
             kept = [row for row, index in enumerate(running) if index in still]
             carried = td.get("next", TensorDict({}, [len(running)]))[kept]
@@ -287,15 +282,11 @@ def build_evaluator(cfg: DictConfig, policy: TensorDictModuleBase, seed: int) ->
         seed=seed + 1_000_000,
         device=cfg.device,
         env_kwargs=cfg.env_kwargs,
-        on_nonfinite=cfg.on_nonfinite,
     )
 
 
 def summarize(returns: Tensor) -> dict[str, float]:
-    """Mean and standard deviation of the returns of an evaluation that count, ``[episodes]``."""
-    returns = returns[~returns.isnan()]
-    if not len(returns):
-        return {"return_mean": float("nan"), "return_std": float("nan")}
+    """Mean and standard deviation of the returns of an evaluation, ``[episodes]``."""
     return {"return_mean": returns.mean().item(), "return_std": returns.std(correction=0).item()}
 
 
@@ -358,7 +349,7 @@ def build_trainer(
         auto_log_optim_steps=False,
         **kwargs,
     )
-    FiniteBatch(["observation", ("next", "observation"), ("next", "reward")], cfg.on_nonfinite).register(trainer)
+    FiniteBatch(["observation", ("next", "observation"), ("next", "reward")]).register(trainer)
     return trainer
 
 
@@ -468,7 +459,7 @@ def train_and_record(
             with isolated_rng(cfg.seed):
                 row.update(diagnose(frames))
             if cfg.on_nonfinite == "skip":
-                row.update(skipped_frames=trainer._modules["finite_batch"].skipped, skipped_updates=stepper.skipped)
+                row.update(skipped_updates=stepper.skipped)
             stepper.reset()
             recorder.write(row)
             if logger is not None:
@@ -498,7 +489,7 @@ def train_and_record(
     with closing(bar), closing(evaluator):
         run_to_the_end(trainer, run_dir, recorder.plot)
     if cfg.on_nonfinite == "skip":
-        print(f"left out: {trainer._modules['finite_batch'].skipped} frames, {stepper.skipped} updates")
+        print(f"left out: {stepper.skipped} updates")
 
 
 def go_on(cfg: DictConfig, run_dir: Path, trainer: Trainer, checkpoint: Path, *, finished: bool = False) -> None:

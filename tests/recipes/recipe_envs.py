@@ -43,20 +43,6 @@ class NanObservation(Line):
         return np.full(2, np.nan) if self.steps > GOOD_STEPS else np.zeros(2)
 
 
-class RewardGlitch(Line):
-    """Bad at every fortieth step."""
-
-    def reward(self):
-        return float("inf") if self.steps % 40 == 0 else 1.0
-
-
-class ObservationGlitch(Line):
-    """Bad at every fortieth step."""
-
-    def observe(self):
-        return np.array([np.nan, 1.0]) if self.steps % 40 == 0 else np.ones(2)
-
-
 class Breaks(Line):
     """Raises in a late step."""
 
@@ -141,5 +127,5 @@ class Point(gym.Env):
         return self.position.copy(), -float(self.position @ self.position), False, self.time == 20, {}
 
 
-for kind in (NanReward, NanObservation, RewardGlitch, ObservationGlitch, Breaks, Hungry, Pixels, Unbounded, Odd, Point):
+for kind in (NanReward, NanObservation, Breaks, Hungry, Pixels, Unbounded, Odd, Point):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, disable_env_checker=True)

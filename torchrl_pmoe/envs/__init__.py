@@ -6,7 +6,6 @@ Importing this package registers ``PMOE/TargetReaching-v0`` with Gymnasium.
 from torchrl_pmoe.envs.action_units import RawActionPolicy, normalize_actions
 from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
 from torchrl_pmoe.envs.envpool_env import EnvPoolEnv
-from torchrl_pmoe.envs.finite import FiniteStep, FiniteSteps
 from torchrl_pmoe.envs.geometry import TargetReachingTask
 from torchrl_pmoe.envs.mujoco_tasks import MUJOCO_TASKS, MujocoTask, mujoco_task
 from torchrl_pmoe.envs.parallel import parallel_env
@@ -18,8 +17,6 @@ __all__ = [
     "BatchedTargetReachingEnv",
     "EnvPoolEnv",
     "EpisodeState",
-    "FiniteStep",
-    "FiniteSteps",
     "MujocoTask",
     "RawActionPolicy",
     "SimulatorState",

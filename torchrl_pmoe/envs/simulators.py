@@ -18,7 +18,6 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
-from torchrl_pmoe.envs.finite import FiniteSteps
 from torchrl_pmoe.envs.target_reaching import TargetReachingEnv
 
 __all__ = ["EpisodeState", "SimulatorState", "generator_state", "load_generator_state"]
@@ -143,7 +142,7 @@ class EpisodeState:
             return
         carrier = self.collector._carrier
         carried = TensorDict(state_dict["carried"], carrier.batch_size).unflatten_keys("/")
-        # a run may get or lose the mark of bad steps on its way
+        # the next step writes what is not there yet, the action and the policy's parameters
         known = carried.select(*carrier.keys(True, True), strict=False)
         # entry by entry: those of the environment and those of the policy may lie on two devices
         for key, value in known.items(True, True):
@@ -201,13 +200,9 @@ def _load_state(part: gymnasium.Env | BatchedTargetReachingEnv, state: dict[str,
 
 
 def _layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
-    """The environment and what is wrapped in it, outermost first.
-
-    Without :class:`FiniteSteps`, which a run may get or lose on its way: it keeps no more than the last observation.
-    """
+    """The environment and what is wrapped in it, outermost first."""
     while isinstance(env, gymnasium.Wrapper):
-        if not isinstance(env, FiniteSteps):
-            yield env
+        yield env
         env = env.env
     yield env
 
