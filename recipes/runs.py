@@ -107,6 +107,10 @@ class Evaluator:
             batch = torch.as_tensor(observation[running], dtype=torch.float32, device=self.device)
             td = self.policy(carried.set("observation", batch))
             actions = td.get("action").cpu().numpy()
+            if not np.isfinite(actions).all():
+                raise NonFiniteError(
+                    "the policy returned a NaN or infinite action in an evaluation: the run stops here"
+                )
             still = []
             for index, action in zip(running, actions, strict=True):
                 observation[index], reward, terminated, truncated, _ = self.envs[index].step(action)

@@ -342,7 +342,7 @@ BAD_BOUNDS = [
     (math.nan, 1.0),
     (torch.tensor([-1.0, 1.0]), torch.tensor([1.0, 1.0])),
     (torch.tensor([-1.0, -1.0, -1.0]), 1.0),
-    (-1.0, torch.ones(3, 2)),
+    (-1.0, torch.ones(4, 2)),
 ]
 
 

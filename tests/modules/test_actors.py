@@ -11,15 +11,28 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential, set_interaction_type
 from torch import nn
+from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Bounded, Composite, OneHot, Unbounded
-from torchrl.envs import ExplorationType, set_exploration_type
-from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    ExplorationType,
+    GymEnv,
+    InitTracker,
+    TransformedEnv,
+    set_exploration_type,
+)
+from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import SACLoss
 
 from torchrl_pmoe import (
     BestOfExpertsActor,
     MixtureParamExtractor,
     NormalMixture,
     PMOEActor,
+    PMOEClipPPOLoss,
+    PMOESACLoss,
+    PMOETQCLoss,
     TanhNormalMixture,
 )
 
@@ -315,7 +328,6 @@ BAD = {
     "unbounded": ({"spec": Unbounded((ACTION,))}, "bounded"),
     "discrete": ({"spec": OneHot(3)}, "box of floats, got OneHot"),
     "infinite bounds": ({"spec": Bounded(-torch.inf, torch.inf, (ACTION,))}, "finite"),
-    "bounds differ in the batch": ({"spec": Bounded(-1, torch.tensor([[1.0], [2.0]]))}, "same for every"),
     "two actions": ({"spec": Composite(a=Bounded(-1, 1, (1,)), b=Bounded(-1, 1, (1,)))}, r"\['a', 'b'\]"),
     "another distribution": ({"distribution_class": TanhNormal}, "got TanhNormal"),
     "two parameter keys": ({"param_keys": ["loc", "scale"]}, "param_keys"),
@@ -434,3 +446,138 @@ def test_best_of_experts_keeps_the_actors_keys_and_distribution():
     assert (best.in_keys, best.out_keys) == (actor.in_keys, [("agents", "action")])
     assert best(data)["agents", "action"].shape == (6, ACTION)
     torch.testing.assert_close(best.get_dist(data).loc, actor.get_dist(data).loc)
+
+
+class Sign(nn.Module):
+    """Prefers large or small actions, as the sign of its only parameter says."""
+
+    def __init__(self):
+        super().__init__()
+        self.sign = nn.Parameter(torch.ones(()))
+
+    def forward(self, observation, action):
+        return (self.sign * action).sum(-1, keepdim=True) + 0.0 * observation.sum(-1, keepdim=True)
+
+
+def two_opposite_experts(kind):
+    """An actor whose experts push with all their force to one side each, judged by ``kind``'s critics."""
+    actor = PMOEActor(2, spec=Bounded(-2, 2, (1,)), in_features=3, num_cells=(4,), head_init=0.0, return_log_prob=True)
+    with torch.no_grad():
+        actor[0].module[0].experts.bias[:2] = torch.tensor([-5.0, 5.0])
+    critic = ValueOperator(Sign(), in_keys=["observation", "action"])
+    if kind is PMOEClipPPOLoss:
+        return actor, kind(actor, ValueOperator(nn.Linear(3, 1), in_keys=["observation"]), critic)
+    return actor, kind(actor, critic)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [PMOESACLoss, PMOETQCLoss, PMOEClipPPOLoss])
+def test_a_pickled_best_of_experts_is_one_actor_with_its_critics(kind):
+    actor, loss = two_opposite_experts(kind)
+    best = BestOfExpertsActor(actor, loss.score_proposals)
+    assert {id(p) for p in loss.qvalue_network_params.parameters()} <= {id(p) for p in best.parameters()}
+    copied = pickle.loads(pickle.dumps(best))
+    states = TensorDict(observation=torch.randn(4, 3), batch_size=4)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert (best(states.clone())["action"] > 1).all()
+        with torch.no_grad():
+            copied.critics.qvalue_network_params.apply_(torch.neg_)
+        assert (copied(states.clone())["action"] < -1).all()
+        assert (best(states.clone())["action"] > 1).all()
+
+
+def make_pendulum():
+    return TransformedEnv(GymEnv("Pendulum-v1"), Compose(DoubleToFloat(), InitTracker()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("collector", [Collector, MultiSyncCollector])
+def test_an_update_of_the_policys_weights_brings_the_critics_into_the_collector(collector):
+    actor, loss = two_opposite_experts(PMOESACLoss)
+    collected = collector(
+        [make_pendulum] if collector is MultiSyncCollector else make_pendulum,
+        BestOfExpertsActor(actor, loss.score_proposals),
+        frames_per_batch=4,
+        total_frames=100,
+        exploration_type=ExplorationType.DETERMINISTIC,
+    )
+    try:
+        batches = iter(collected)
+        assert (next(batches)["action"] > 1).all()
+        with torch.no_grad():
+            loss.qvalue_network_params.apply_(torch.neg_)
+        collected.update_policy_weights_()
+        next(batches)  # may have been under way
+        assert (next(batches)["action"] < -1).all()
+    finally:
+        collected.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("router", ["detached", "separate"])
+@pytest.mark.parametrize("state_dependent_scale", [True, False])
+def test_a_reset_actor_starts_as_a_fresh_one(state_dependent_scale, router):
+    """TorchRL's losses reset what they hold: heads within ``head_init``, spread locs, scales of one."""
+    actor = make_actor(
+        head_init=1e-3, loc_spread=1.0, state_dependent_scale=state_dependent_scale, router=router, num_cells=(16,)
+    )
+    loss = SACLoss(
+        actor, ValueOperator(MLP(in_features=OBSERVATION + ACTION, out_features=1), ["observation", "action"])
+    )
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter += 1000.0
+    loss.reset_parameters_recursive()
+    network = actor[0].module[0]
+    assert max(p.abs().max() for p in actor.parameters()) <= 1.0  # nothing is left as it was
+    head = network.router[1] if router == "separate" else network.router
+    for layer in (network.experts, head):
+        assert 0.5e-3 < layer.weight.abs().max() <= 1e-3
+    locs = network.experts.bias[: EXPERTS * ACTION]
+    assert 0.1 < locs.abs().max() <= 1.0
+    assert network.experts.bias[EXPERTS * ACTION :].abs().sum() < 1e-3 * EXPERTS * ACTION
+    if not state_dependent_scale:
+        assert (network.log_scale == 0).all()
+    assert network.trunk[0].weight.abs().max() > 0.1
+
+
+AGENTS = 3
+
+
+def agents_spec(low, high):
+    return Composite(agents=Composite(action=Bounded(low, high), shape=(AGENTS,)))
+
+
+@pytest.mark.parametrize("by_kwargs", [True, False])
+def test_agents_may_have_boxes_of_their_own(by_kwargs):
+    """Bounds ``[agents, A]``, from the spec or by hand, as TorchRL's ``TanhNormal`` takes them."""
+    high = torch.arange(1.0, 1 + AGENTS * ACTION).reshape(AGENTS, ACTION)
+    low = -2 * high
+    spec = (
+        agents_spec(-100 * torch.ones_like(high), 100 * torch.ones_like(high)) if by_kwargs else agents_spec(low, high)
+    )
+    actor = PMOEActor(
+        EXPERTS,
+        spec=spec,
+        in_features=OBSERVATION,
+        in_keys=[("agents", "observation")],
+        head_init=3.0,
+        distribution_kwargs={"low": low, "high": high} if by_kwargs else None,
+    )
+    data = TensorDict(
+        agents=TensorDict(observation=torch.randn(50, AGENTS, OBSERVATION), batch_size=(50, AGENTS)), batch_size=50
+    )
+    action = actor(data)["agents", "action"]
+    assert (action >= low).all()
+    assert (action <= high).all()
+    assert ((action.amax(0) - high).abs() < 0.1 * high).all()
+    assert ((action.amin(0) - low).abs() < 0.1 * high).all()
+    one = actor.expert(1)(data.clone())["agents", "action"]
+    assert ((one >= low) & (one <= high)).all()
+
+
+def test_bounds_that_all_environments_of_a_batch_share_fit_any_batch():
+    spec = Bounded(-torch.arange(1.0, 1 + ACTION).expand(8, ACTION), torch.ones(8, ACTION))
+    actor = PMOEActor(EXPERTS, spec=spec, in_features=OBSERVATION)
+    assert actor[-1].distribution_kwargs["low"].shape == (ACTION,)
+    assert actor(observe(5))["action"].shape == (5, ACTION)

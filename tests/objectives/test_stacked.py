@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -14,7 +16,7 @@ from torchrl.objectives import SACLoss, SoftUpdate
 
 from torchrl_pmoe import NormalMixture, PMOEActor, PMOESACLoss
 from torchrl_pmoe.objectives import StackedLoss, StackedPolicy
-from torchrl_pmoe.objectives.stacked import _out_of_place_normals
+from torchrl_pmoe.objectives.stacked import _OutOfPlaceNormals
 
 SEEDS, OBS, ACT, B = 3, 5, 2, 16
 SPEC = Bounded(-1, 1, (ACT,))
@@ -194,7 +196,7 @@ def test_out_of_place_draws_are_the_same_numbers():
     torch.manual_seed(0)
     usual = torch.distributions.Normal(torch.zeros(100), 1.0).rsample((3,))
     torch.manual_seed(0)
-    with _out_of_place_normals():
+    with _OutOfPlaceNormals():
         ours = torch.distributions.Normal(torch.zeros(100), 1.0).rsample((3,))
     assert torch.equal(ours, usual)
 
@@ -216,3 +218,29 @@ def test_losses_of_other_shapes_are_refused():
         StackedLoss([])
     with pytest.raises(ValueError, match="parameters of the same shapes"):
         StackedLoss([*made("Gaussian", [0]), *made("gradient-scored", [0])])
+
+
+def test_nothing_of_torch_is_changed_while_agents_draw(monkeypatch):
+    """Draws of the Gaussian are out of place within the call; another thread's, at the same time, are torch's own."""
+    seen = {}
+    names = ("_standard_normal", "Normal")
+    before = {name: getattr(torch.distributions.normal, name) for name in names}
+    in_place = []
+
+    def elsewhere():
+        value = torch.empty(3)
+        in_place.append(value.normal_() is value)
+
+    forward = SACLoss.forward
+
+    def watched(self, tensordict):
+        seen.update({name: getattr(torch.distributions.normal, name) for name in names})
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return forward(self, tensordict)
+
+    monkeypatch.setattr(SACLoss, "forward", watched)
+    StackedLoss(made("Gaussian"))(batches())
+    assert seen == before
+    assert in_place == [True]

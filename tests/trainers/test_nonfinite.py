@@ -49,6 +49,26 @@ def test_a_batch_with_a_bad_number_is_named_with_its_frames(bad):
         hook(worse)
 
 
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_bad_action_in_a_good_state_is_the_policys_fault(on_nonfinite):
+    """Whatever the environment makes of it; in a state that is bad itself the environment is named, as before."""
+    hook = FiniteBatch(KEYS, on_nonfinite)
+    hook(frames(5).set("action", torch.zeros(5, 2)))
+    diverged = frames(5).set("action", torch.zeros(5, 2))
+    diverged["action"][3, 1] = NAN
+    diverged["next", "observation"][3:] = NAN
+    diverged["observation"][4] = diverged["action"][4] = NAN
+    with pytest.raises(NonFiniteError, match=r"^the policy returned a NaN or infinite action .* frames 5 and 10"):
+        hook(diverged)
+    blown_up = frames(5).set("action", torch.zeros(5, 2))
+    blown_up["next", "observation"][3] = blown_up["observation"][4] = blown_up["action"][4] = NAN
+    if on_nonfinite == "stop":
+        with pytest.raises(NonFiniteError, match=r"^the environment returned a NaN or inf"):
+            FiniteBatch(KEYS)(blown_up)
+    else:
+        assert FiniteBatch(KEYS, "skip")(blown_up)["action"].isfinite().all()
+
+
 def test_a_bad_frame_is_replaced_by_the_one_before_it_and_ends_the_trajectory():
     hook = FiniteBatch(KEYS, "skip")
     worse = frames(6)
@@ -130,7 +150,7 @@ def test_another_word_is_refused():
 # ------------------------------------------------------------------------------------------------ updates
 
 
-def train(data, on_nonfinite, *, device="cpu", name="PMOESACLoss, max", hook=True, **kwargs):
+def train(data, on_nonfinite, *, device="cpu", name="PMOESACLoss, max", hook=True, before=None, **kwargs):
     """Parameters, targets and optimiser state after the updates of some batches, and the stepper."""
     torch.manual_seed(0)
     loss = LOSSES[name]().to(device)
@@ -150,6 +170,8 @@ def train(data, on_nonfinite, *, device="cpu", name="PMOESACLoss, max", hook=Tru
     )
     if hook:
         FiniteLoss(stepper, look_every=1).register(trainer)
+    if before is not None:
+        before(trainer)
     # the draws of a batch are its own, whatever came before
     trainer.register_op("process_optim_batch", lambda batch: torch.manual_seed(int(batch["seed"][0])) and None)
     error = None
@@ -212,6 +234,21 @@ def test_a_skipped_update_is_as_if_its_batch_had_never_been(name, compile):
     assert found[2].compile == bool(compile)
     assert (found[2].skipped, expected[2].skipped) == (1, 0)
     assert found[2].means() == pytest.approx(expected[2].means(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:loss_qvalue")
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}], ids=["eager", "fused"])
+@pytest.mark.parametrize("on_nonfinite", ["skip", "stop"])
+def test_the_priorities_of_a_bad_update_are_not_written(on_nonfinite, compile):
+    """Prioritised replay would keep a NaN for good; ``post_loss`` hooks write what the loss left in the batch."""
+    written = []
+
+    def keep(trainer):
+        trainer.register_op("post_loss", lambda batch: written.append(batch["td_error"].clone()))
+
+    train(poisoned(numbered(5), 2), on_nonfinite, compile=compile, before=keep)
+    assert len(written) == (4 if on_nonfinite == "skip" else 2)
+    assert torch.stack(written).isfinite().all()
 
 
 def test_a_bad_gradient_of_finite_losses_is_found():

@@ -52,7 +52,7 @@ def test_step_minimises_the_sum_of_what_begins_with_loss():
     torch.testing.assert_close(a.detach(), torch.tensor([1.0 - 3.0, 2.0 - 4.0]))
     torch.testing.assert_close(b.detach(), torch.tensor([3.0 - 12.0]))
     assert a.grad is None
-    assert trainer.calls == ["post_loss", "process_loss"]
+    assert trainer.calls == ["process_loss", "post_loss"]
 
 
 def test_gradients_are_clipped_by_their_common_norm():

@@ -11,6 +11,7 @@ from torch.distributions import Distribution, constraints
 from torchrl_pmoe.distributions.proposals import LOG_SQRT_2PI, ExpertProposals, take_expert
 from torchrl_pmoe.distributions.routing import (
     RoutingGradient,
+    can_look_at,
     check_routing,
     frequency_log_prob,
     gumbel_softmax,
@@ -50,9 +51,13 @@ class NormalMixture(Distribution):
             before any tanh, by the softmax itself: such samples do not follow the mixture, whose density is scored at
             them all the same; ``score="expert"`` has no expert to name then. Draws without gradient follow the mixture
             either way.
+        validate_args: whether the parameters are looked at, as in :mod:`torch.distributions`: by default unless
+            ``Distribution.set_default_validate_args(False)`` was called, but never while a graph is traced or
+            recorded. Without a look a NaN of the router makes every action NaN.
 
     Raises:
-        ValueError: if shapes do not fit together, or an option is not one of those above.
+        ValueError: if shapes do not fit together, an option is not one of those above, or a parameter that is looked
+            at is NaN or, a scale, not positive.
 
     Examples:
         >>> dist = NormalMixture(torch.zeros(3, 2), torch.randn(3, 2, 4), torch.ones(3, 2, 4))
@@ -80,6 +85,7 @@ class NormalMixture(Distribution):
         log_prob_routing: Literal["exact", "frequency"] = "exact",
         temperature: float = 1.0,
         straight_through: bool = True,
+        validate_args: bool | None = None,
     ) -> None:
         name = type(self).__name__
         if loc.ndim < 2 or loc.shape != scale.shape:
@@ -127,6 +133,28 @@ class NormalMixture(Distribution):
         self.loc = loc
         self.scale = scale
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
+        if validate_args is None:
+            validate_args = Distribution._validate_args
+        if validate_args and can_look_at(loc):
+            self._validate_parameters()
+        self._validate_args = validate_args
+
+    def _validate_parameters(self) -> None:
+        """Masked experts, of a logit of minus infinity, are valid; a router without any weight is not."""
+        checks = {
+            "the router's logits must be numbers, one of them finite": (
+                self.logits,
+                self.logits.softmax(-1).isfinite(),
+            ),
+            "the experts' loc must be numbers": (self.loc, self.loc == self.loc),
+            "the experts' scale must be positive": (self.scale, self.scale > 0),
+        }
+        for demand, (value, valid) in checks.items():
+            if not torch._is_all_true(valid):
+                raise ValueError(
+                    f"{type(self).__name__}: {demand}, got {int((~valid).sum())} bad entries in a tensor of shape "
+                    f"{tuple(value.shape)}."
+                )
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -136,6 +164,7 @@ class NormalMixture(Distribution):
             "log_prob_routing": self.log_prob_routing,
             "temperature": self.temperature,
             "straight_through": self.straight_through,
+            "validate_args": False,  # these parameters have been looked at
         }
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NormalMixture:
@@ -166,14 +195,15 @@ class NormalMixture(Distribution):
 
     # ------------------------------------------------------------------ the map from latent value to action
 
-    def _squash(self, latent: Tensor) -> Tensor:
+    def _squash(self, latent: Tensor, *, per_expert: bool = False) -> Tensor:
+        """Action at ``latent`` ``[..., A]``, or ``[..., K, A]`` per expert."""
         return latent
 
     def _unsquash(self, value: Tensor) -> Tensor:
         return value
 
-    def _log_abs_det(self, latent: Tensor) -> Tensor | float:
-        """``log |da/du|`` at ``latent`` ``[..., A]``, summed over dimensions."""
+    def _log_abs_det(self, latent: Tensor, *, per_expert: bool = False) -> Tensor | float:
+        """``log |da/du|`` at ``latent`` ``[..., A]``, or ``[..., K, A]`` per expert, summed over dimensions."""
         return 0.0
 
     # ------------------------------------------------------------------ densities
@@ -232,6 +262,10 @@ class NormalMixture(Distribution):
         return frequency_log_prob(log_joint.logsumexp(-1), self.logits.expand(log_joint.shape), log_joint.detach())
 
     # ------------------------------------------------------------------ samples
+
+    def _poison(self) -> Tensor:
+        """Zeros ``[*B, 1, 1]``, NaN where the router's weights are: no index of an expert could say that they are."""
+        return self.logits.detach().amax(-1)[..., None, None] * 0.0
 
     def propose(self, sample_shape: Any = ()) -> ExpertProposals:
         """One reparameterised action of every expert, to be scored, selected from, or both."""
@@ -347,12 +381,12 @@ class NormalMixture(Distribution):
     @property
     def expert_mode(self) -> Tensor:
         """Squashed loc of every expert, ``[*B, K, A]``."""
-        return self._squash(self.loc)
+        return self._squash(self.loc + self._poison(), per_expert=True)
 
     @property
     def deterministic_sample(self) -> Tensor:
         """Squashed loc of the expert with the largest weight, ``[*B, A]``."""
-        return self._squash(take_expert(self.loc, self.logits.argmax(-1)))
+        return self._squash(take_expert(self.loc + self._poison(), self.logits.argmax(-1)))
 
     @property
     def mode(self) -> Tensor:

@@ -38,20 +38,20 @@ class ExpertProposals:
     def __init__(self, dist: NormalMixture, noise: Tensor) -> None:
         self.dist = dist
         self.noise = noise
-        self.step = dist.scale * noise
+        self.step = dist.scale * noise + dist._poison()
         self.latent = dist.loc + self.step
 
     @property
     def action(self) -> Tensor:
         """The proposed actions, ``[*S, *B, K, A]``."""
-        return self.dist._squash(self.latent)
+        return self.dist._squash(self.latent, per_expert=True)
 
     def expert_log_prob(self) -> Tensor:
         """Log-density of each proposal under the expert that made it, ``[*S, *B, K]``."""
         dist = self.dist
         # the noise itself is the standardised draw: exact where loc swallows a small scale
         log_normal = -(0.5 * wide(self.noise).square() + wide(dist.scale).log()).sum(-1)
-        log_det = dist._log_abs_det(wide(self.latent))
+        log_det = dist._log_abs_det(wide(self.latent), per_expert=True)
         return (log_normal - dist.event_shape[0] * LOG_SQRT_2PI - log_det).to(dist.loc.dtype)
 
     def mixture_log_prob(self, *, detach_weights: bool = True) -> Tensor:
@@ -66,7 +66,7 @@ class ExpertProposals:
         scale = wide(dist.scale).unsqueeze(-3)
         log_normal = -(0.5 * (offset / scale).square() + scale.log()).sum(-1)
         log_mixture = (log_weight.unsqueeze(-2) + log_normal).logsumexp(-1)
-        log_det = dist._log_abs_det(wide(self.latent))
+        log_det = dist._log_abs_det(wide(self.latent), per_expert=True)
         return (log_mixture - dist.event_shape[0] * LOG_SQRT_2PI - log_det).to(dist.loc.dtype)
 
     def log_prob(self) -> Tensor:
@@ -100,7 +100,8 @@ class ExpertProposals:
 
     def _score_one(self, loc: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Action of one expert's parameters and noise ``[*S, *B, A]`` and the log-density that ``score`` names."""
-        dist, step = self.dist, scale * noise
+        dist = self.dist
+        step = scale * noise + dist._poison().squeeze(-1)
         if dist.score == "mixture":
             return self._score(loc, step)
         latent = loc + step

@@ -27,6 +27,7 @@ __all__ = [
     "RoutingGradient",
     "best_proposal",
     "brier_loss",
+    "can_look_at",
     "check_routing",
     "frequency_log_prob",
     "gumbel_softmax",
@@ -84,6 +85,15 @@ def check_routing(
     if member not in supported:
         raise ValueError(f"{owner}: routing={member.value!r} does not exist here; allowed: {allowed}.")
     return member
+
+
+def can_look_at(value: Tensor) -> bool:
+    """Whether the host may read ``value`` here: not while a graph is traced or recorded, and not under ``vmap``."""
+    if torch.compiler.is_compiling() or value.is_meta or not value.numel():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def wide(x: Tensor) -> Tensor:

@@ -34,16 +34,18 @@ class TanhNormalMixture(NormalMixture):
         logits: of the router, ``[*B, K]``.
         loc: of every expert before the tanh, ``[*B, K, A]``.
         scale: of every expert before the tanh, ``[*B, K, A]``.
-        low: lower bound of the action, a number or a tensor ``[A]``.
-        high: upper bound of the action, a number or a tensor ``[A]``.
+        low: lower bound of the action, a number or a tensor ``[A]``; of agents with boxes of their own ``[*B, A]``, or
+            what broadcasts to that.
+        high: upper bound of the action, as ``low``.
 
     Keyword Args:
-        routing: see :class:`NormalMixture`, as for the other five.
+        routing: see :class:`NormalMixture`, as for the other six.
         routing_coef: factor on the routing gradient.
         score: the log-density that goes with a sample.
         log_prob_routing: gradient of ``log_prob`` on the logits.
         temperature: of the Gumbel-Softmax draw.
         straight_through: whether that draw acts on one expert.
+        validate_args: whether the parameters are looked at.
 
     Raises:
         ValueError: as :class:`NormalMixture`, and if the bounds have another shape or ``low >= high``.
@@ -66,6 +68,7 @@ class TanhNormalMixture(NormalMixture):
         log_prob_routing: Literal["exact", "frequency"] = "exact",
         temperature: float = 1.0,
         straight_through: bool = True,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__(
             logits,
@@ -77,10 +80,12 @@ class TanhNormalMixture(NormalMixture):
             log_prob_routing=log_prob_routing,
             temperature=temperature,
             straight_through=straight_through,
+            validate_args=validate_args,
         )
         self.low, self.high = low, high = self._check_bounds(low, high)
         self._half = (high - low) / 2
         self._middle = (high + low) / 2
+        self._by_agent = isinstance(self._half, Tensor) and self._half.ndim > 1
 
     def _check_bounds(self, low: float | Tensor, high: float | Tensor) -> tuple[Any, Any]:
         """Both bounds as floats, or both as tensors beside ``loc``."""
@@ -97,11 +102,15 @@ class TanhNormalMixture(NormalMixture):
             bound.to(device=loc.device, dtype=loc.dtype) if isinstance(bound, Tensor) else loc.new_full((), bound)
             for bound in (low, high)
         )
+        full = self.batch_shape + self.event_shape
         for bound in (low, high):
-            if bound.shape not in ((), self.event_shape):
+            fits = bound.ndim <= len(full) and all(
+                size in (1, whole) for size, whole in zip(reversed(bound.shape), reversed(full), strict=False)
+            )
+            if bound.shape and (not fits or bound.shape[-1:] != self.event_shape):
                 raise ValueError(
-                    f"{name}: a bound must be a number or a tensor of shape {tuple(self.event_shape)}, "
-                    f"got {tuple(bound.shape)} for loc of shape {tuple(loc.shape)}."
+                    f"{name}: a bound must be a number or a tensor of shape {tuple(self.event_shape)}, or one for "
+                    f"each agent that fits {tuple(full)}, got {tuple(bound.shape)} for loc of shape {tuple(loc.shape)}."
                 )
         # a look at the values costs a synchronisation on an accelerator and a graph break under the compiler
         if loc.device.type == "cpu" and not torch.compiler.is_compiling() and not (high > low).all():
@@ -116,34 +125,44 @@ class TanhNormalMixture(NormalMixture):
         """The box between the bounds."""
         return constraints.independent(constraints.interval(self.low, self.high), 1)
 
-    def _squash(self, latent: Tensor) -> Tensor:
+    def _beside(self, bound: Any, per_expert: bool) -> Any:
+        """A bound, or what is made of bounds, to stand beside ``[..., A]``, or ``[..., K, A]`` per expert."""
+        by_agent = per_expert and self._by_agent and isinstance(bound, Tensor) and bound.ndim > 0
+        return bound.unsqueeze(-2) if by_agent else bound
+
+    def _squash(self, latent: Tensor, *, per_expert: bool = False) -> Tensor:
+        low, high, half, middle = (
+            self._beside(bound, per_expert) for bound in (self.low, self.high, self._half, self._middle)
+        )
         action = latent.tanh()
-        if isinstance(self._middle, float):
-            if self._half != 1:
-                action = action * self._half
-            if self._middle == 0:
+        if isinstance(middle, float):
+            if half != 1:
+                action = action * half
+            if middle == 0:
                 return action
         else:
-            action = action * self._half
+            action = action * half
         # rounding can put the sum one step outside
-        return (action + self._middle).clamp(self.low, self.high)
+        return (action + middle).clamp(low, high)
 
     def _unsquash(self, value: Tensor) -> Tensor:
         limit = 1.0 - torch.finfo(value.dtype).eps / 2
         return ((wide(value) - self._middle) / self._half).clamp(-limit, limit).atanh()
 
-    def _log_abs_det(self, latent: Tensor) -> Tensor:
+    def _log_abs_det(self, latent: Tensor, *, per_expert: bool = False) -> Tensor:
         # log(1 - tanh(u)^2), written so that it does not underflow
         log_slope = 2.0 * (_LOG_2 - latent - F.softplus(-2.0 * latent)).sum(-1)
-        if isinstance(self._half, Tensor):
-            return log_slope + self._half.log().expand(self.event_shape).sum(-1)
-        return log_slope if self._half == 1 else log_slope + self.event_shape[0] * math.log(self._half)
+        half = self._beside(self._half, per_expert)
+        if isinstance(half, Tensor):
+            return log_slope + half.log().expand(*half.shape[:-1], *self.event_shape).sum(-1)
+        return log_slope if half == 1 else log_slope + self.event_shape[0] * math.log(half)
 
     def _expert_mean(self) -> Tensor:
         loc = wide(self.loc)
         nodes, weights = (loc.new_tensor(x) for x in _hermite(64))
         latent = loc.unsqueeze(-1) + wide(self.scale).unsqueeze(-1) * nodes
-        return ((latent.tanh() * weights).sum(-1)).to(self.loc.dtype) * self._half + self._middle
+        mean = ((latent.tanh() * weights).sum(-1)).to(self.loc.dtype)
+        return mean * self._beside(self._half, True) + self._beside(self._middle, True)
 
     @property
     def mean(self) -> Tensor:

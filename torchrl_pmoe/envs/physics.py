@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
@@ -43,7 +44,11 @@ def quiet_mujoco() -> Iterator[None]:
     previous = mujoco.get_mju_user_warning()
 
     def show(message: str) -> None:
-        if "settotalmass" not in message:
+        if "settotalmass" in message:
+            return
+        if previous is not None:
+            previous(message)
+        else:
             print(f"MuJoCo: {message}", file=sys.stderr)
 
     mujoco.set_mju_user_warning(show)
@@ -312,6 +317,9 @@ def _mujocos_contact_frames() -> Iterator[None]:
 
     MJX takes fixed axes instead where the capsule stands within 30 degrees of upright. The friction cone is a pyramid
     on these axes, so a step of the Ant came out up to 1.5 rad/s beside MuJoCo's.
+
+    MJX offers no other place for it than a table of its own. What stands there meanwhile acts in the threads that are
+    within this context and hands everybody else's calls through; the last to leave puts back what was there.
     """
     from mujoco.mjx._src import collision_driver
 
@@ -320,12 +328,33 @@ def _mujocos_contact_frames() -> Iterator[None]:
     if pair is None:
         yield
         return
-    original = table[pair]
-    table[pair] = _along_the_capsule(original)
+    with _tracing.lock:
+        if not _tracing.contexts:
+            _tracing.original = table[pair]
+            table[pair] = _along_the_capsule(_tracing.original)
+        _tracing.contexts += 1
+    _tracing.thread.depth = getattr(_tracing.thread, "depth", 0) + 1
     try:
         yield
     finally:
-        table[pair] = original
+        _tracing.thread.depth -= 1
+        with _tracing.lock:
+            _tracing.contexts -= 1
+            if not _tracing.contexts:
+                table[pair] = _tracing.original
+
+
+class _Tracing:
+    """Who is within :func:`_mujocos_contact_frames`, over all threads and in this one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.contexts = 0
+        self.original: Any = None
+        self.thread = threading.local()
+
+
+_tracing = _Tracing()
 
 
 def _along_the_capsule(collide: Callable[..., Any]) -> Callable[..., Any]:
@@ -335,6 +364,8 @@ def _along_the_capsule(collide: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(collide)
     def inner(model: Any, data: Any, key: Any, geom: Any) -> Any:
         dist, pos, frame = collide(model, data, key, geom)
+        if not getattr(_tracing.thread, "depth", 0):
+            return dist, pos, frame
         normal, axis = frame[:, 0], jp.repeat(data.geom_xmat[geom[:, 1]][:, :, 2], 2, axis=0)
         along = axis - normal * (normal * axis).sum(-1, keepdims=True)
         length = jp.linalg.norm(along, axis=-1, keepdims=True)

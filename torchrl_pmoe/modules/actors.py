@@ -236,13 +236,18 @@ class BestOfExpertsActor(TensorDictModuleBase):
     Args:
         actor: whose ``get_dist`` returns a mixture.
         score_proposals: value of proposals ``[*B, K, A]`` in the states of a tensordict ``[*B]``, ``[*B, K]``; that
-            of a loss, for instance :meth:`PMOESACLoss.score_proposals`.
+            of a loss, for instance :meth:`PMOESACLoss.score_proposals`. The module whose method it is becomes a part
+            of the actor: its parameters are among the actor's, so that a collector's update of the policy's weights
+            brings the critics too.
     """
 
     def __init__(self, actor: ProbabilisticActor, score_proposals: Callable[[TensorDictBase, Tensor], Tensor]) -> None:
         super().__init__()
         self.actor = actor
         self.score_proposals = score_proposals
+        owner = getattr(score_proposals, "__self__", None)
+        if isinstance(owner, nn.Module):
+            self.critics = owner
         self.in_keys = actor.in_keys
         self.action_key = actor[-1].dist_sample_keys[0]
         self.out_keys = [self.action_key]

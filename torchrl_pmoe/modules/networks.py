@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,42 @@ from torchrl_pmoe.modules.heads import ClampedExp, MixtureParamExtractor
 __all__ = ["ROUTERS", "Chain", "ExpertNetwork", "SelectExpert", "expert_chain", "expert_network"]
 
 ROUTERS = ("detached", "shared", "separate")
+
+
+class Head(nn.Linear):
+    """A linear layer that starts small, and starts so again when it is reset.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        init: weights and biases start uniform in ``[-init, init]``.
+        spread: the first ``spread_over`` biases start uniform in ``[-spread, spread]``; unused where it is 0.
+        spread_over: see above.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        init: float,
+        spread: float = 0.0,
+        spread_over: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        # what the parent's constructor resets by
+        self.init, self.spread, self.spread_over = init, spread, spread_over
+        super().__init__(in_features, out_features, device=device)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the start anew."""
+        super().reset_parameters()
+        nn.init.uniform_(self.weight, -self.init, self.init)
+        nn.init.uniform_(self.bias, -self.init, self.init)
+        if self.spread:
+            self.bias[: self.spread_over].uniform_(-self.spread, self.spread)
 
 
 class ExpertNetwork(nn.Module):
@@ -46,18 +83,11 @@ class ExpertNetwork(nn.Module):
                 device=device,
             )
 
-        def head(out_features: int) -> nn.Linear:
-            layer = nn.Linear(num_cells[-1], out_features, device=device)
-            nn.init.uniform_(layer.weight, -init, init)
-            nn.init.uniform_(layer.bias, -init, init)
-            return layer
-
+        head = partial(Head, num_cells[-1], init=init, device=device)
         experts = num_experts * action_size
         self.trunk = trunk()
-        self.experts = head(2 * experts if state_dependent_scale else experts)
-        if loc_spread:
-            with torch.no_grad():
-                self.experts.bias[:experts].uniform_(-loc_spread, loc_spread)
+        outputs = 2 * experts if state_dependent_scale else experts
+        self.experts = head(outputs, spread=loc_spread, spread_over=experts)
         self.log_scale = None if state_dependent_scale else nn.Parameter(torch.zeros(experts, device=device))
         self.router: nn.Module
         if isinstance(router, nn.Module):
@@ -67,6 +97,12 @@ class ExpertNetwork(nn.Module):
         else:
             self.router = head(router_size)
         self.reads = router if isinstance(router, str) else "separate"
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start the scales anew that belong to no layer; layers are reset each by itself."""
+        if self.log_scale is not None:
+            self.log_scale.zero_()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Features of the inputs, concatenated."""

@@ -52,7 +52,8 @@ def with_bounds(
 ) -> dict[str, Any]:
     """``kwargs`` of a bounded distribution; ``low`` and ``high`` come from the spec unless both are given.
 
-    Bounds are numbers where they are the same in every dimension.
+    Bounds are numbers where they are the same in every dimension, and ``[A]`` where they are the same for all agents
+    and environments of a batch.
 
     Args:
         owner: who is speaking in an error.
@@ -62,7 +63,7 @@ def with_bounds(
         unbounded: the name of the one to take instead for an unbounded spec.
 
     Raises:
-        ValueError: if the spec is unbounded, or a bound is infinite or differs between the actions of a batch.
+        ValueError: if the spec is unbounded, or a bound is infinite.
     """
     kwargs = dict(kwargs or {})
     if {"low", "high"} <= kwargs.keys():
@@ -74,11 +75,10 @@ def with_bounds(
         )
     bounds: dict[str, float | Tensor] = {}
     for name in ("low", "high"):
-        bound = getattr(spec.space, name).reshape(-1, spec.shape[-1])
-        if not bound.isfinite().all() or not (bound == bound[0]).all():
-            raise ValueError(
-                f"{owner}: the spec's {name} must be finite and the same for every action in a batch, "
-                f"got {bound.tolist()}."
-            )
-        bounds[name] = bound[0, 0].item() if (bound[0] == bound[0, 0]).all() else bound[0].clone()
+        bound = getattr(spec.space, name)
+        if not bound.isfinite().all():
+            raise ValueError(f"{owner}: the spec's {name} must be finite, got {bound.tolist()}.")
+        while bound.ndim > 1 and (bound == bound[:1]).all():
+            bound = bound[0]
+        bounds[name] = bound.flatten()[0].item() if (bound == bound.flatten()[0]).all() else bound.clone()
     return {**bounds, **kwargs}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tensordict import TensorDict, TensorDictBase, unravel_key
+from tensordict import TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import CompositeDistribution, TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec
@@ -19,6 +19,7 @@ from torchrl_pmoe.distributions.routing import (
     RoutingGradient,
     best_proposal,
     brier_loss,
+    can_look_at,
     check_routing,
     log_loss,
     score_function_loss,
@@ -53,13 +54,22 @@ class CriticScoredLoss:
 
     # no LossModule itself: its metaclass would put an empty forward before the parent's
     qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
     tensor_keys: Any
     _vmap_qnetworkN0: Callable[..., TensorDictBase]
     _cached_detached_qvalue_params: Any
+    _make_vmap: Callable[[], None]
 
     def __getstate__(self) -> dict[str, Any]:
-        # TorchRL caches the detached parameters: a copy would go on scoring with those of the original
-        return {**self.__dict__, "_cache": {}}
+        # TorchRL caches the detached parameters: a copy would go on scoring with those of the original. Its vmapped
+        # network is a local function, which does not pickle
+        state = {**self.__dict__, "_cache": {}}
+        del state["_vmap_qnetworkN0"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._make_vmap()
 
     def _set_routing(
         self,
@@ -139,7 +149,15 @@ class CriticScoredLoss:
                 f"{tuple(dist.batch_shape)} for a tensordict of batch size {tuple(tensordict.batch_size)}."
             )
 
-    def _critic_value(self, tensordict: TensorDictBase, action: Tensor, *, per_expert: bool, draws: int = 0) -> Tensor:
+    def _critic_value(
+        self,
+        tensordict: TensorDictBase,
+        action: Tensor,
+        *,
+        per_expert: bool,
+        draws: int = 0,
+        params: TensorDictBase | None = None,
+    ) -> Tensor:
         """Value of actions in the states ``[*B]`` of ``tensordict``, by one call of the critics.
 
         Args:
@@ -148,6 +166,7 @@ class CriticScoredLoss:
                 there are some.
             per_expert: whether the actions are proposals of the experts.
             draws: dimensions of ``*M``.
+            params: of the critics; theirs of now, without gradient, if not given.
 
         Returns:
             ``[*M, *B, *G]``, or ``[*M, *B, *G, K]`` per expert.
@@ -156,8 +175,10 @@ class CriticScoredLoss:
             action = action.movedim(-2, 0)  # [K, *M, *B, *G, A]: a critic may read batch dimensions as time or agents
         leading = draws + per_expert
         states = tensordict.select(*self.qvalue_network.in_keys, strict=False).exclude(self.tensor_keys.action)
-        fold = leading > 0 and self._must_fold(states, action, leading)
-        value = self._evaluate(states, action, leading, self._cached_detached_qvalue_params, fold=fold)
+        if params is None:
+            params = self._cached_detached_qvalue_params
+        fold = leading > 0 and self._must_fold(states, action, leading, params)
+        value = self._evaluate(states, action, leading, params, fold=fold)
         return value.movedim(0, -1) if per_expert else value
 
     def _evaluate(
@@ -180,7 +201,7 @@ class CriticScoredLoss:
             )
         return value.unflatten(0, (*lead, batch[0])) if fold else value
 
-    def _must_fold(self, states: TensorDictBase, action: Tensor, leading: int) -> bool:
+    def _must_fold(self, states: TensorDictBase, action: Tensor, leading: int, params: TensorDictBase) -> bool:
         """Whether the critics want ``*L`` inside the first batch dimension; asked of them once for each kind of batch.
 
         Modules that know ``[*B, ...]`` take any leading dimension. Those that know a single batch dimension
@@ -190,15 +211,15 @@ class CriticScoredLoss:
         fold = self._folds.get(kind)
         if fold is not None:
             return fold
-        if not _can_look_at(action):
+        if not can_look_at(action):
             return False
-        fold = self._find_fold(states, action, leading)
+        fold = self._find_fold(states, action, leading, params)
         if fold is not None:
             self._folds[kind] = fold
         return bool(fold)
 
     @torch.no_grad()
-    def _find_fold(self, states: TensorDictBase, action: Tensor, leading: int) -> bool | None:
+    def _find_fold(self, states: TensorDictBase, action: Tensor, leading: int, params: TensorDictBase) -> bool | None:
         """The layout in which the last proposal gets the value that it gets alone; ``None`` if values cannot tell.
 
         Raises:
@@ -208,7 +229,7 @@ class CriticScoredLoss:
 
         def evaluate(action: Tensor, leading: int, *, fold: bool) -> Tensor:
             # copies: a critic may keep statistics
-            return self._evaluate(states, action, leading, self._cached_detached_qvalue_params.clone(), fold=fold)
+            return self._evaluate(states, action, leading, params.data.clone(), fold=fold)
 
         # a critic may draw numbers, which the run must not miss
         with torch.random.fork_rng(devices=[action.device] if action.is_cuda else []):
@@ -251,7 +272,8 @@ class CriticScoredLoss:
         Raises:
             ValueError: if the critics cannot score all proposals in one call.
         """
-        return self._critic_value(tensordict, action, per_expert=True)
+        # those that a collector has put in place, which TorchRL's cache does not know
+        return self._critic_value(tensordict, action, per_expert=True, params=self.qvalue_network_params)
 
     def _routing(self, scored: Scored) -> Tensor:
         """Routing loss ``[*B]`` before its coefficient."""
@@ -291,15 +313,6 @@ class CriticScoredLoss:
             "expert_usage": probs.mean(0),
             "best_expert_value": scored.value.amax(-1).mean(),
         }
-
-
-def _can_look_at(value: Tensor) -> bool:
-    """Whether the host may read ``value`` here: not while a graph is traced or recorded, and not under ``vmap``."""
-    if torch.compiler.is_compiling() or value.is_meta or not value.numel():
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:

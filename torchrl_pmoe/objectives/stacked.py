@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchrl.objectives import LossModule, SACLoss
+
+from torchrl_pmoe.distributions import NormalMixture
+from torchrl_pmoe.objectives.units import mixture_of
 
 __all__ = ["StackedLoss", "StackedPolicy"]
 
 
-def _standard_normal(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, dtype=dtype, device=device)
+class _OutOfPlaceNormals(TorchFunctionMode):
+    """``torch.distributions`` draws in place, which ``vmap`` refuses; out of place the numbers are the same.
+
+    A mode of this thread's torch functions, between entering and leaving it: nothing of torch itself is changed.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.normal_ and len(args) == 1 and not kwargs:
+            return torch.randn_like(args[0])
+        return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _out_of_place_normals() -> Iterator[None]:
-    """``torch.distributions`` draws in place, which ``vmap`` refuses; out of place the numbers are the same."""
-    module: Any = torch.distributions.normal
-    previous = module._standard_normal
-    module._standard_normal = _standard_normal
-    try:
-        yield
-    finally:
-        module._standard_normal = previous
+def _drawing(actor: nn.Module) -> AbstractContextManager:
+    """What the draws of an actor need under ``vmap``; ours are out of place, and a mode costs time in every call."""
+    kind, _ = mixture_of(actor)
+    ours = isinstance(kind, type) and issubclass(kind, NormalMixture)
+    return nullcontext() if ours else _OutOfPlaceNormals()
 
 
 class StackedLoss(LossModule):
@@ -106,7 +113,7 @@ class StackedLoss(LossModule):
             with params.to_module(template):
                 return template(batch)
 
-        with _out_of_place_normals():
+        with _drawing(template.actor_network):
             found = torch.vmap(single, (0, 0), randomness="different")(self.stacked(), tensordict)
         template.__dict__["_cache"] = {}
         return found
@@ -148,6 +155,6 @@ class StackedPolicy(TensorDictModuleBase):
 
         params = self.loss.actor_network_params.data
         states = tensordict.select("observation").reshape(self.loss.num_agents, -1)
-        with _out_of_place_normals():
+        with _drawing(actor):
             action = torch.vmap(single, (0, 0), randomness="different")(params, states)
         return tensordict.set("action", action.flatten(0, 1))

@@ -20,7 +20,7 @@ BAD_IN_A_ROW = 100
 
 
 class NonFiniteError(RuntimeError):
-    """A reward, an observation, a loss or a gradient is NaN or infinite: nothing sensible can follow."""
+    """A reward, an observation, an action, a loss or a gradient is NaN or infinite: nothing sensible can follow."""
 
 
 def check_choice(owner: str, on_nonfinite: str) -> OnNonFinite:
@@ -42,6 +42,9 @@ class FiniteBatch(TrainerHookBase):
     what follows is not linked to it. The environment must begin a new episode there
     (:class:`~torchrl_pmoe.envs.FiniteSteps`, :class:`~torchrl_pmoe.envs.FiniteStep`).
 
+    An action that is NaN or infinite in a state that is not is the policy's fault: the run stops and says so, under
+    *skip* too, because every action of a policy that has diverged would have to be left out.
+
     Frames on a GPU are judged there; the host looks at the result once in ``look_every`` batches.
 
     Args:
@@ -49,21 +52,29 @@ class FiniteBatch(TrainerHookBase):
             there.
         on_nonfinite: ``"stop"`` or ``"skip"``.
         look_every: see above.
+        action_key: the policy's action, looked at where it is there.
 
     Raises:
         ValueError: if ``on_nonfinite`` is something else.
     """
 
     def __init__(
-        self, keys: Sequence[NestedKey], on_nonfinite: OnNonFinite = "stop", *, look_every: int = BAD_IN_A_ROW
+        self,
+        keys: Sequence[NestedKey],
+        on_nonfinite: OnNonFinite = "stop",
+        *,
+        look_every: int = BAD_IN_A_ROW,
+        action_key: NestedKey = "action",
     ) -> None:
         self.keys = tuple(keys)
+        self.action_key = action_key
         self.on_nonfinite = check_choice("FiniteBatch", on_nonfinite)
         self.look_every = look_every
         self._frames = 0
         self._looked_at = 0
         self._batches = 0
         self._bad: Tensor | None = None
+        self._diverged: Tensor | None = None
         self._skipped: Tensor | int = 0
         self._in_a_row: Tensor | int = 0
         self._good: TensorDictBase | None = None
@@ -82,6 +93,7 @@ class FiniteBatch(TrainerHookBase):
         start, self._frames = self._frames, self._frames + batch.numel()
         self._batches += 1
         on_host = rows.device.type == "cpu"
+        self._judge_policy(batch, flags, start)
         if self.on_nonfinite == "skip":
             if not on_host or rows.any():
                 return self._without(batch, rows)
@@ -93,6 +105,26 @@ class FiniteBatch(TrainerHookBase):
             self._look(start if on_host else self._looked_at)
             self._looked_at = self._frames
         return None
+
+    def _judge_policy(self, batch: TensorDictBase, flags: Tensor, start: int) -> None:
+        """Find actions ``[*B, T]`` that are bad where what the policy has read is not."""
+        read = [flag for key, flag in zip(self.keys, flags, strict=True) if isinstance(key, str) or key[0] != "next"]
+        if not read or batch.get(self.action_key, None) is None:
+            return
+        bad = _bad_rows(batch, self.action_key) & ~torch.stack(read).any(0)
+        found = bad.any()
+        self._diverged = found if self._diverged is None else self._diverged | found
+        if found.device.type == "cpu":
+            self._look_at_the_policy(start)
+        elif self._batches % self.look_every == 0:
+            self._look_at_the_policy(self._looked_at)
+
+    def _look_at_the_policy(self, start: int) -> None:
+        if self._diverged is not None and self._diverged:
+            raise NonFiniteError(
+                f"the policy returned a NaN or infinite {_name(self.action_key)} in a finite state, "
+                f"between frames {start} and {self._frames}: the run stops here"
+            )
 
     def _look(self, start: int) -> None:
         assert self._bad is not None
@@ -140,6 +172,7 @@ class FiniteBatch(TrainerHookBase):
         Raises:
             NonFiniteError: for bad frames on a GPU that nobody has looked at yet; a checkpoint would hide them.
         """
+        self._look_at_the_policy(self._looked_at)
         if self._bad is not None:
             self._look(self._looked_at)
         good = {} if self._good is None else self._good.flatten_keys("/").to_dict()

@@ -36,14 +36,15 @@ class FusedOptimizationStepper(OptimizationStepper):
     Compiled (from the second update on), loss and backward are one graph of :func:`torch.compile`: the same update to
     the last digits of a float, with the same random draws unless the loss itself draws otherwise there
     (``ClipPPOLoss`` draws twice for its entropy). What the loss writes into the batch (``td_error``) is there for the
-    ``post_loss`` hooks, which are then called after the update. Where the compiler fails, and while ``process_loss``
+    ``post_loss`` hooks, which are called after the update. Where the compiler fails, and while ``process_loss``
     hooks are registered (they stand between loss and backward), updates run eagerly, after one warning.
 
     An update with a NaN or infinite loss or norm of the gradient changes nothing: neither parameters, nor the
-    optimiser's state, nor the means. It raises (``on_nonfinite="stop"``) or is left out (``"skip"``, after one
-    warning). On a GPU the update is judged and left out there, if the optimiser is ``fused`` (a target update goes on);
-    under ``"stop"`` all later ones are left out too, until :meth:`check` is called and raises. For other optimisers the
-    host asks the GPU once an update.
+    optimiser's state, nor the means; and no ``post_loss`` hook is called, so that no NaN priority is kept. It raises
+    (``on_nonfinite="stop"``) or is left out (``"skip"``, after one warning). On a GPU the update is judged and left out
+    there, if the optimiser is ``fused`` (a target update goes on); under ``"stop"`` all later ones are left out too,
+    until :meth:`check` is called and raises. For other optimisers, and where there are ``post_loss`` hooks, the host
+    asks the GPU once an update.
 
     Args:
         target_updater: stepped after the optimiser.
@@ -113,19 +114,29 @@ class FusedOptimizationStepper(OptimizationStepper):
         """
         self.updates += 1
         if not (self.compile or self.cudagraphs) or self._hooked(trainer):
-            losses = trainer.compute_loss(sub_batch)
-            trainer._post_loss_hook(sub_batch)
-            losses = trainer._process_loss_hook(sub_batch, losses)
+            losses = trainer._process_loss_hook(sub_batch, trainer.compute_loss(sub_batch))
             sum(value.sum() for key, value in losses.items() if key.startswith("loss")).backward()
             outputs = {key: value.detach() for key, value in losses.items()}
-            self._conclude(trainer, outputs, self._descend(trainer, outputs))
+            bad = self._descend(trainer, outputs)
+            self._conclude(trainer, outputs, bad)
+            self._post_loss(trainer, sub_batch, bad)
             return TensorDict()
         found = self._fused(trainer, sub_batch)
         sub_batch.update(found.pop("batch"))
         bad = found.pop(_BAD)
-        trainer._post_loss_hook(sub_batch)
         self._conclude(trainer, dict(found.items()), bad)
+        self._post_loss(trainer, sub_batch, bad)
         return TensorDict()
+
+    def _post_loss(self, trainer: Trainer, batch: TensorDictBase, bad: Tensor) -> None:
+        """Call the hooks, unless the update was left out: its priorities are NaN and would never leave the replay."""
+        if not getattr(trainer, "_post_loss_ops", True):
+            return
+        # priorities go to the host anyway
+        if not bad[-1]:
+            trainer._post_loss_hook(batch)
+        elif bad.device.type != "cpu":
+            self.check()
 
     def _hooked(self, trainer: Trainer) -> bool:
         if not trainer._process_loss_ops:
