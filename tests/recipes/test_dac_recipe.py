@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import gymnasium as gym
@@ -82,8 +83,8 @@ def test_every_kind_of_run_ends_well(args, tmp_path):
     assert [row["frames"] for row in rows(tmp_path)] == ["256", "512"]
 
 
-def test_a_resumed_run_goes_on_where_it_was(tmp_path):
-    start(*SMALL, "hydra.run.dir=run", directory=tmp_path)
+def test_a_resumed_run_goes_on_where_it_was(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
     before = rows(tmp_path / "run")
     done = start("resume=run", "total_frames=1024", directory=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from functools import partial
 
 import gymnasium as gym
@@ -200,9 +201,9 @@ def test_nan_from_the_environment_stops_the_run(what, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def resumed(tmp_path_factory, run):
     directory = tmp_path_factory.mktemp("resume")
-    start(*SMALL, "hydra.run.dir=run", directory=directory)
+    shutil.copytree(run[0], directory / "run")
     before = rows(directory / "run")
     done = start("resume=run", "total_frames=1024", directory=directory)
     return directory, before, done
