@@ -131,7 +131,8 @@ def test_a_job_in_a_process_of_another_launcher_hands_its_error_to_hydra(monkeyp
 
 
 def test_an_interrupt_ends_a_sweep_once_the_running_job_has_its_checkpoint(tmp_path):
-    sweep = ["seed=nope,0,1", "hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}", "total_frames=1e6"]
+    endless = ["total_frames=1e6", "compile.enabled=false"]  # so many updates would be compiled
+    sweep = ["seed=nope,0,1", "hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}", *endless]
     job = tmp_path / "s" / "1"
     with in_background("sac_pmoe", "-m", *SMALL, *sweep, directory=tmp_path) as running:
         wait_for(lambda: list(job.glob("checkpoints/checkpoint-*")), running)
