@@ -195,7 +195,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
         updates=ppo_pmoe.updates(cfg),
         loss_columns=LOSS_COLUMNS,
-        diagnose=lambda frames: ppo_pmoe.diagnose_agent(agent, buffer[:].select(*READ)),
+        diagnose=lambda: ppo_pmoe.diagnose_agent(agent, buffer[:].select(*READ)),
         checkpoint=checkpoint,
         on_resume=lambda: ppo_pmoe.rescale(schedule),
     )

@@ -459,7 +459,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
         updates=updates(cfg),
         loss_columns=LOSS_COLUMNS,
-        diagnose=lambda frames: diagnose_agent(agent, buffer[:].select("observation")),
+        diagnose=lambda: diagnose_agent(agent, buffer[:].select("observation")),
         checkpoint=checkpoint,
         on_resume=lambda: rescale(schedule),
     )

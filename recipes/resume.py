@@ -23,8 +23,11 @@ from yaml import YAMLError
 from torchrl_pmoe.trainers import VerifiedCheckpoint
 
 FORMAT = 3
-"""Of what a run keeps; 1 was TorchRL's own checkpoint, without replay rows, episodes and checksums; 2 had actions in
-the environment's own units."""
+"""Of what a run keeps.
+
+1 was TorchRL's own checkpoint, without replay rows, episodes and checksums; 2 had actions in the environment's own
+units, and knew no evaluation that was given up.
+"""
 CHANGEABLE = ("total_frames", "logger.", "checkpoint.", "compile.", "optim.num_threads", "on_nonfinite")
 """The keys that may change when a run goes on."""
 CHECKPOINTS = "checkpoints"

@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Evaluator:
         seed: of the environments and of what the policy may draw.
         device: of the policy.
         env_kwargs: of the environments.
+        stopped: asked at every step whether the evaluation is to be given up.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Evaluator:
         seed: int,
         device: str = "cpu",
         env_kwargs: Mapping[str, Any] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.policy = policy
+        self.stopped = stopped
         self.max_steps = max_steps
         self.device = device
         self.seed = seed
@@ -93,17 +96,26 @@ class Evaluator:
             env.reset(seed=seed + index)
 
     @torch.no_grad()
-    def __call__(self) -> Tensor:
-        """The return of every episode, ``[episodes]``."""
-        with isolated_rng(self.seed), set_exploration_type(ExplorationType.DETERMINISTIC):
-            return self._episodes()
+    def __call__(self) -> Tensor | None:
+        """The return of every episode, ``[episodes]``.
 
-    def _episodes(self) -> Tensor:
+        ``None`` where it was given up: it can be done again as if nothing had been.
+        """
+        before = self.state_dict()
+        with isolated_rng(self.seed), set_exploration_type(ExplorationType.DETERMINISTIC):
+            returns = self._episodes()
+        if returns is None:
+            self.load_state_dict(before)
+        return returns
+
+    def _episodes(self) -> Tensor | None:
         returns = torch.zeros(len(self.envs), dtype=torch.float64)
         observation = np.stack([env.reset()[0] for env in self.envs])
         running = list(range(len(self.envs)))
         carried = TensorDict({}, [len(running)])
         for _ in range(self.max_steps):
+            if self.stopped():
+                return None
             batch = torch.as_tensor(observation[running], dtype=torch.float32, device=self.device)
             td = self.policy(carried.set("observation", batch))
             actions = td.get("action").cpu().numpy()
@@ -276,8 +288,8 @@ def announce(cfg: DictConfig, about: str, updates: float) -> None:
         print("updates are compiled: the first takes about half a minute (compile.enabled=false leaves it out)")
 
 
-def build_evaluator(cfg: DictConfig, policy: TensorDictModuleBase, seed: int) -> Evaluator:
-    """Evaluates a policy of normalised actions as ``logger`` says, on episodes that the run's ``seed`` decides."""
+def build_evaluator(cfg: DictConfig, policy: TensorDictModuleBase, seed: int, stopped: Callable[[], bool]) -> Evaluator:
+    """Evaluates a policy of normalised actions as ``logger`` says, until it is ``stopped``; ``seed`` is the run's."""
     return Evaluator(
         cfg.env,
         raw_action_policy(cfg, policy),
@@ -286,7 +298,80 @@ def build_evaluator(cfg: DictConfig, policy: TensorDictModuleBase, seed: int) ->
         seed=seed + 1_000_000,
         device=cfg.device,
         env_kwargs=cfg.env_kwargs,
+        stopped=stopped,
     )
+
+
+class Evaluation:
+    """The rows of a run, agent by agent: evaluated, measured, and written when all of them are complete.
+
+    An evaluation that is given up leaves what was measured beside it in the checkpoint, so that a run that goes on
+    begins with the episodes that are missing, and writes the rows that it would have written.
+
+    Args:
+        evaluators: one an agent.
+        recorders: of their rows.
+        measure: the columns of every row but clocks and returns.
+        written: called with the rows and the frames.
+    """
+
+    def __init__(
+        self,
+        evaluators: Sequence[Evaluator],
+        recorders: Sequence[RunRecorder],
+        measure: Callable[[], list[dict[str, float]]],
+        written: Callable[[list[dict[str, float]], int], None],
+    ) -> None:
+        self.evaluators, self.recorders = evaluators, recorders
+        self.measure, self.written = measure, written
+        self.given_up: list[dict[str, float]] = []
+
+    def __call__(self, frames: int) -> bool:
+        """Add a row to every record, after ``frames`` frames of each agent; whether the evaluation came to its end."""
+        # the clocks of all stand still while one is evaluated
+        with ExitStack() as paused:
+            rows = [recorder.clock(frames) for recorder in self.recorders]
+            for recorder in self.recorders:
+                paused.enter_context(recorder.paused())
+            measured = self.given_up or self.measure()
+            before = self.state_dict()
+            for row, evaluator, columns in zip(rows, self.evaluators, measured, strict=True):
+                returns = evaluator()
+                if returns is None:
+                    # those that are through must give the same returns again
+                    self.load_state_dict({**before, "given_up": measured})
+                    return False
+                row.update({**summarize(returns), **columns})
+            self.given_up = []
+            for row, recorder in zip(rows, self.recorders, strict=True):
+                recorder.write(row)
+            self.written(rows, frames)
+        return True
+
+    def resume(self, frames: int) -> None:
+        """Go on with the records after ``frames`` frames of each agent."""
+        for recorder in self.recorders:
+            recorder.resume(frames - bool(self.given_up))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the evaluators, and what was measured beside an evaluation that was given up."""
+        return {"evaluators": [evaluator.state_dict() for evaluator in self.evaluators], "given_up": self.given_up}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of the evaluators."""
+        for evaluator, state in zip(self.evaluators, state_dict["evaluators"], strict=True):
+            evaluator.load_state_dict(state)
+        self.given_up = state_dict["given_up"]
+
+    def close(self) -> None:
+        """Close the environments."""
+        for evaluator in self.evaluators:
+            evaluator.close()
+
+    def plot(self) -> None:
+        """Draw every record."""
+        for recorder in self.recorders:
+            recorder.plot()
 
 
 def summarize(returns: Tensor) -> dict[str, float]:
@@ -378,33 +463,36 @@ def watch_experts(trainer: Trainer, actor: ProbabilisticActor, states: Callable[
 
 
 @contextmanager
-def finish_on_signal(trainer: Trainer) -> Iterator[list[int]]:
-    """Let the first SIGINT or SIGTERM end the training after its batch, with a checkpoint; the next one acts at once.
+def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
+    """Let the first signal end the training after its batch, with a checkpoint; another one acts at once.
 
-    Yields:
-        the numbers of the signals so far.
+    Args:
+        trainer: to be stopped.
+        received: filled with the numbers of the signals.
     """
-    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in process.endings()}
 
     def handle(number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGHUP":
+            # a closed terminal sends it, and so does the shell that it ends: it is no second word
+            process.leave_terminal()
+        elif any(signal.Signals(other).name != "SIGHUP" for other in received):
+            before[number](number, frame)  # type: ignore[operator, misc]
         received.append(number)
-        usual = before[signal.Signals(number)]
-        if len(received) > 1 and callable(usual):
-            usual(number, frame)
-        trainer.request_stop(signal.Signals(number).name)
+        trainer.request_stop(name)
         # the interpreter may be printing just now, and whoever reads that may have ended by the same signal
         with suppress(OSError):
             os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
+        trainer.optimization_stepper.stop_compiling()
 
-    for number, usual in before.items():
-        if usual is not signal.SIG_IGN:
-            signal.signal(number, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
-        yield received
+        yield
     finally:
         for number, usual in before.items():
             signal.signal(number, usual)
@@ -420,7 +508,7 @@ def train_and_record(
     about: str,
     updates: float,
     loss_columns: Sequence[str],
-    diagnose: Callable[[int], Mapping[str, float]],
+    diagnose: Callable[[], Mapping[str, float]],
     checkpoint: Path | None = None,
     on_resume: Callable[[], None] = lambda: None,
     unsaved: Sequence[str] = (),
@@ -437,14 +525,15 @@ def train_and_record(
         about: printed before the first frame, after all that can be wrong with the input.
         updates: of the whole run.
         loss_columns: outputs of the loss whose means are recorded.
-        diagnose: more columns, given the number of frames; the same ones every time.
+        diagnose: more columns; the same ones every time.
         checkpoint: to go on from.
         on_resume: called once it is loaded.
         unsaved: components that checkpoints leave out.
         only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
     """
     stepper = trainer.optimization_stepper
-    evaluator = build_evaluator(cfg, policy, cfg.seed)
+    received: list[int] = []
+    evaluator = build_evaluator(cfg, policy, cfg.seed, lambda: bool(received))
     recorder = RunRecorder(run_dir, title=f"{algorithm}, {cfg.policy}, {cfg.env}, seed {cfg.seed}")
     logger = get_logger(
         cfg.logger.backend or "",
@@ -453,33 +542,33 @@ def train_and_record(
         **{f"{cfg.logger.backend}_kwargs": {"project": cfg.logger.project_name}},
     )
 
-    def evaluate(frames: int) -> None:
+    def measure() -> list[dict[str, float]]:
         stepper.check()
-        row = recorder.clock(frames)
-        with recorder.paused():
-            row.update(summarize(evaluator()))
-            means = stepper.means()
-            row.update({key: means.get(key, float("nan")) for key in loss_columns})
-            with isolated_rng(cfg.seed):
-                row.update(diagnose(frames))
-            if cfg.on_nonfinite == "skip":
-                row.update(skipped_updates=stepper.skipped)
-            stepper.reset()
-            recorder.write(row)
-            if logger is not None:
-                for key, value in row.items():
-                    logger.log_scalar(key, value, step=frames)
+        means = stepper.means()
+        columns = {key: means.get(key, float("nan")) for key in loss_columns}
+        with isolated_rng(cfg.seed):
+            columns.update(diagnose())
+        if cfg.on_nonfinite == "skip":
+            columns.update(skipped_updates=stepper.skipped)
+        return [columns]
 
-    PeriodicEvaluation(evaluate, cfg.logger.eval_interval).register(trainer)
-    trainer.checkpoint.register("evaluation", evaluator)
+    def written(rows: list[dict[str, float]], frames: int) -> None:
+        stepper.reset()
+        if logger is not None:
+            for key, value in rows[0].items():
+                logger.log_scalar(key, value, step=frames)
+
+    evaluation = Evaluation([evaluator], [recorder], measure, written)
+    PeriodicEvaluation(evaluation, cfg.logger.eval_interval).register(trainer)
+    trainer.checkpoint.register("evaluation", evaluation)
     trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - set(unsaved)
     if checkpoint is not None:
-        go_on(cfg, run_dir, trainer, checkpoint, finished=only_if_unfinished)
-        if trainer.collected_frames >= cfg.total_frames:
-            evaluator.close()
+        go_on(cfg, run_dir, trainer, checkpoint, evaluation, finished=only_if_unfinished)
+        if trainer.collected_frames >= cfg.total_frames and not evaluation.given_up:
+            evaluation.close()
             return
         on_resume()
-        recorder.resume(trainer.collected_frames)
+        evaluation.resume(trainer.collected_frames)
     keep_config(cfg, run_dir)
 
     def status() -> dict[str, str]:
@@ -490,13 +579,21 @@ def train_and_record(
     announce(cfg, about, updates)
     bar = ProgressBar(cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar)
     bar.register(trainer)
-    with closing(bar), closing(evaluator):
-        run_to_the_end(trainer, run_dir, recorder.plot)
+    with closing(bar), closing(evaluation):
+        run_to_the_end(trainer, run_dir, evaluation, received)
     if cfg.on_nonfinite == "skip":
         print(f"left out: {stepper.skipped} updates")
 
 
-def go_on(cfg: DictConfig, run_dir: Path, trainer: Trainer, checkpoint: Path, *, finished: bool = False) -> None:
+def go_on(
+    cfg: DictConfig,
+    run_dir: Path,
+    trainer: Trainer,
+    checkpoint: Path,
+    evaluation: Evaluation,
+    *,
+    finished: bool = False,
+) -> None:
     """Load a checkpoint into a trainer whose hooks are registered, and clear up behind the run that wrote it.
 
     Raises:
@@ -506,7 +603,7 @@ def go_on(cfg: DictConfig, run_dir: Path, trainer: Trainer, checkpoint: Path, *,
         trainer.load_from_file(checkpoint)
     except CheckpointError as error:
         raise UsageError(f"resume={resume.does_not_fit(checkpoint, error)}") from error
-    if trainer.collected_frames >= trainer.total_frames and not finished:
+    if trainer.collected_frames >= trainer.total_frames and not (finished or evaluation.given_up):
         frames = trainer.collected_frames * cfg.total_frames // trainer.total_frames
         raise UsageError(
             f"total_frames={cfg.total_frames}: must be above the {frames} frames that resume={cfg.resume} has"
@@ -526,42 +623,54 @@ def keep_config(cfg: DictConfig, run_dir: Path) -> None:
     replace(run_dir / "config.yaml", OmegaConf.to_yaml(kept))
 
 
-def run_to_the_end(trainer: Trainer, run_dir: Path, draw: Callable[[], Any]) -> None:
+def run_to_the_end(trainer: Trainer, run_dir: Path, evaluation: Evaluation, received: list[int]) -> None:
     """Train; whatever ends it, the picture is drawn.
 
     Args:
         trainer: with its hooks.
         run_dir: the run's own.
-        draw: called at the end.
+        evaluation: one that an earlier run gave up comes first.
+        received: filled with the numbers of the signals that end it.
 
     Raises:
         Interrupted: if a signal has ended it, after a checkpoint.
         RunError: in one line, for any other end; the last checkpoint stays whole.
     """
     trainer.checkpoint.on_saved = log = CheckpointLog(run_dir)
-    try:
-        with finish_on_signal(trainer) as received:
-            trainer.train()
-    except Exception as error:
-        # a tensordict's context manager answers an interrupt with an error of its own
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        with suppress(Exception):
-            # its processes, where the next job of a sweep has its own
-            trainer.collector.shutdown()
-        raise RunError(f"{what_ended(error, trainer, run_dir)}, {what_is_left(run_dir)}") from error
-    finally:
-        undrawn = None
+    undrawn = None
+    with finish_on_signal(trainer, received):
         try:
-            draw()
-        # what ended the run is told, and a full disk has no room for a picture either
+            _train(trainer, evaluation, received)
         except Exception as error:
-            undrawn = error
+            # a tensordict's context manager answers an interrupt with an error of its own
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            with suppress(Exception):
+                # its processes, where the next job of a sweep has its own
+                trainer.collector.shutdown()
+            raise RunError(f"{what_ended(error, trainer, run_dir)}, {what_is_left(run_dir)}") from error
+        finally:
+            try:
+                evaluation.plot()
+            # what ended the run is told, and a full disk has no room for a picture either
+            except Exception as error:
+                undrawn = error
     print(log)
     if undrawn is not None:
         warnings.warn(f"there is no picture of the run ({process.describe(undrawn)})", stacklevel=1)
-    if received and trainer.collected_frames < trainer.total_frames:
+    if received and (trainer.collected_frames < trainer.total_frames or evaluation.given_up):
         raise Interrupted(received[0], f"at frame {trainer.collected_frames:,}, with a checkpoint")
+
+
+def _train(trainer: Trainer, evaluation: Evaluation, received: list[int]) -> None:
+    if evaluation.given_up:
+        trainer._modules["periodic_evaluation"].now()
+    if trainer.collected_frames < trainer.total_frames and not received:
+        trainer.train()
+        return
+    if not evaluation.given_up:
+        trainer.save_trainer(force_save=True)
+    trainer.collector.shutdown()
 
 
 def what_ended(error: Exception, trainer: Trainer, run_dir: Path) -> str:

@@ -506,7 +506,7 @@ def train(cfg: DictConfig, run_dir: Path, env: EnvBase | None = None, *, only_if
     if cfg.policy == "pmoe":
         runs.watch_experts(trainer, actor, lambda: latest(buffer).select("observation").to(cfg.device))
 
-    def diagnose_run(frames: int) -> dict[str, float]:
+    def diagnose_run() -> dict[str, float]:
         states = buffer[torch.randint(len(buffer), (DIAGNOSED_STATES,))].select("observation").to(cfg.device)
         return diagnose(actor, loss, states)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,15 @@ def build_trainer(cfg: DictConfig, run_dir: Path, env: EnvBase, loss: StackedLos
 # --------------------------------------------------------------------------------------------- training
 
 
-class Observer:
+def build_evaluation(
+    cfg: DictConfig,
+    run_dir: Path,
+    agents: list[Agent],
+    loss: StackedLoss,
+    trainer: Trainer,
+    replay: SeedReplay,
+    received: list[int],
+) -> runs.Evaluation:
     """Evaluates every agent, and keeps its record in a directory of its own.
 
     Args:
@@ -178,80 +186,37 @@ class Observer:
         loss: written back before an evaluation.
         trainer: its stepper's means are recorded.
         replay: states for the diagnostics are drawn from it.
+        received: signals that give an evaluation up.
     """
+    stepper = trainer.optimization_stepper
+    recorders = []
+    for agent in agents:
+        directory = run_dir / f"seed{agent.seed}"
+        directory.mkdir(parents=True, exist_ok=True)
+        recorders.append(RunRecorder(directory, title=f"SAC, {cfg.policy}, {cfg.env}, seed {agent.seed}"))
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        run_dir: Path,
-        agents: list[Agent],
-        loss: StackedLoss,
-        trainer: Trainer,
-        replay: SeedReplay,
-    ) -> None:
-        self.cfg, self.agents, self.loss, self.trainer, self.replay = cfg, agents, loss, trainer, replay
-        self.recorders, self.evaluators = [], []
-        for agent in agents:
-            directory = run_dir / f"seed{agent.seed}"
-            directory.mkdir(parents=True, exist_ok=True)
-            title = f"SAC, {cfg.policy}, {cfg.env}, seed {agent.seed}"
-            self.recorders.append(RunRecorder(directory, title=title))
-            self.evaluators.append(runs.build_evaluator(cfg, agent.evaluated, agent.seed))
-
-    def __call__(self, frames: int) -> None:
-        """Evaluate all agents after ``frames`` frames of all of them."""
-        self.trainer.optimization_stepper.check()
-        self.loss.write_back()
-        means = self.trainer.optimization_stepper.means_by_element()
-        # the clocks of all stand still while one is evaluated
-        with ExitStack() as paused:
-            rows = [recorder.clock(frames // self.cfg.num_seeds) for recorder in self.recorders]
-            for recorder in self.recorders:
-                paused.enter_context(recorder.paused())
-            for index, row in enumerate(rows):
-                row.update(runs.summarize(self.evaluators[index]()))
-                found = {key: value[index].item() for key, value in means.items()}
-                row.update({key: found.get(key, float("nan")) for key in sac_pmoe.LOSS_COLUMNS})
-                with runs.isolated_rng(self.agents[index].seed):
-                    row.update(self._diagnose(index))
-                self.recorders[index].write(row)
-        self.trainer.optimization_stepper.reset()
-
-    def _diagnose(self, index: int) -> dict[str, float]:
-        agent, number = self.agents[index], self.cfg.num_seeds
-        buffer = self.replay.replay_buffer
+    def diagnose(index: int) -> dict[str, float]:
+        agent, number = agents[index], cfg.num_seeds
+        buffer = replay.replay_buffer
         drawn = torch.randint(len(buffer) // number, (sac_pmoe.DIAGNOSED_STATES,)) * number + index
-        states = buffer[drawn].select("observation").to(self.cfg.device)
+        states = buffer[drawn].select("observation").to(cfg.device)
         return sac_pmoe.diagnose(agent.actor, agent.loss, states)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of the evaluators, agent by agent."""
-        return {"evaluators": [evaluator.state_dict() for evaluator in self.evaluators]}
+    def measure() -> list[dict[str, float]]:
+        stepper.check()
+        loss.write_back()
+        means = stepper.means_by_element()
+        rows = []
+        for index, agent in enumerate(agents):
+            found = {key: value[index].item() for key, value in means.items()}
+            row = {key: found.get(key, float("nan")) for key in sac_pmoe.LOSS_COLUMNS}
+            with runs.isolated_rng(agent.seed):
+                row.update(diagnose(index))
+            rows.append(row)
+        return rows
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of the evaluators."""
-        for evaluator, state in zip(self.evaluators, state_dict["evaluators"], strict=True):
-            evaluator.load_state_dict(state)
-
-    def resume(self, frames: int) -> None:
-        """Go on with the records of all agents after ``frames`` frames of all of them."""
-        for recorder in self.recorders:
-            recorder.resume(frames // self.cfg.num_seeds)
-
-    def status(self) -> dict[str, str]:
-        """The mean return of all agents."""
-        returns = [recorder.last["return_mean"] for recorder in self.recorders if recorder.last]
-        return {"mean return": f"{sum(returns) / len(returns):.4g}"} if returns else {}
-
-    def close(self) -> None:
-        """Close the environments."""
-        for evaluator in self.evaluators:
-            evaluator.close()
-
-    def plot(self) -> None:
-        """Draw every record."""
-        for recorder in self.recorders:
-            recorder.plot()
+    evaluators = [runs.build_evaluator(cfg, agent.evaluated, agent.seed, lambda: bool(received)) for agent in agents]
+    return runs.Evaluation(evaluators, recorders, measure, lambda rows, frames: stepper.reset())
 
 
 def train(cfg: DictConfig, run_dir: Path) -> list[Agent]:
@@ -261,25 +226,34 @@ def train(cfg: DictConfig, run_dir: Path) -> list[Agent]:
     loss = StackedLoss([agent.loss for agent in agents])
     common.seed_everything(cfg.seed)
     trainer, replay = build_trainer(cfg, run_dir, env, loss)
-    observer = Observer(cfg, run_dir, agents, loss, trainer, replay)
-    PeriodicEvaluation(observer, cfg.logger.eval_interval * cfg.num_seeds).register(trainer)
-    trainer.checkpoint.register("evaluation", observer)
+    received: list[int] = []
+    number = cfg.num_seeds
+    evaluation = build_evaluation(cfg, run_dir, agents, loss, trainer, replay, received)
+    PeriodicEvaluation(lambda frames: evaluation(frames // number), cfg.logger.eval_interval * number).register(trainer)
+    trainer.checkpoint.register("evaluation", evaluation)
     unsaved = set() if cfg.checkpoint.replay_buffer else {"replay_buffer"}
     trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - unsaved
     checkpoint = resume.checkpoint_to_resume(cfg, sac_pmoe.NEEDED)
     if checkpoint is not None:
-        runs.go_on(cfg, run_dir, trainer, checkpoint)
-        observer.resume(trainer.collected_frames)
+        runs.go_on(cfg, run_dir, trainer, checkpoint, evaluation)
+        evaluation.resume(trainer.collected_frames // number)
+        # an evaluation that was given up has measured already, and does not write them back
+        loss.write_back()
     runs.keep_config(cfg, run_dir)
     one = sac_pmoe.about(cfg, agents[0].actor, agents[0].loss)
-    runs.announce(cfg, f"{one}; {cfg.num_seeds} seeds at once, {backends.describe(cfg)} each", sac_pmoe.updates(cfg))
+    runs.announce(cfg, f"{one}; {number} seeds at once, {backends.describe(cfg)} each", sac_pmoe.updates(cfg))
+
+    def status() -> dict[str, str]:
+        returns = [recorder.last["return_mean"] for recorder in evaluation.recorders if recorder.last]
+        return {"mean return": f"{sum(returns) / len(returns):.4g}"} if returns else {}
+
     bar = ProgressBar(
         trainer.total_frames,
-        observer.status,
+        status,
         initial=trainer.collected_frames,
         disable=not cfg.logger.progress_bar,
     )
     bar.register(trainer)
-    with closing(bar), closing(observer):
-        runs.run_to_the_end(trainer, run_dir, observer.plot)
+    with closing(bar), closing(evaluation):
+        runs.run_to_the_end(trainer, run_dir, evaluation, received)
     return agents

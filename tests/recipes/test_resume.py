@@ -197,6 +197,48 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(recipe, number, tmp_
     assert done.stdout.startswith(f"goes on at frame {frame:,} from checkpoint-{frame:012d}\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("which", [2, -1], ids=["an evaluation on the way", "the last evaluation"])
+@pytest.mark.parametrize(
+    ("recipe", "small", "train"),
+    [(sac_pmoe, SAC, None), (ppo_pmoe, PPO, None), (sac_pmoe, [*SAC, "num_seeds=2"], seeds.train)],
+    ids=["sac", "ppo", "seeds"],
+)
+def test_a_signal_in_an_evaluation_gives_it_up_and_the_run_goes_on_with_it(
+    recipe, small, train, which, number, tmp_path, monkeypatch, capfd
+):
+    if (number == signal.SIGHUP) != (small is SAC and which == 2):
+        pytest.skip("one of them is enough")
+    train = train or recipe.train
+    train(recipe_runs.resolve(recipe, *HERE, *small), tmp_path / "whole")
+    done = runs.Evaluator.__call__
+    calls, steps = [], []
+
+    def nudged(self):
+        calls.append(self)
+        if len(calls) == (which if which > 0 else total):
+            signal.raise_signal(number)
+            monkeypatch.setattr(self.envs[0], "step", steps.append)
+        return done(self)
+
+    total = (4 if recipe is sac_pmoe else 3) * (2 if train is seeds.train else 1)
+    monkeypatch.setattr(runs.Evaluator, "__call__", nudged)
+    with pytest.raises(common.Interrupted) as stop:
+        train(recipe_runs.resolve(recipe, *HERE, *small), tmp_path / "half")
+    assert stop.value.number == number
+    assert not steps
+    assert "stopping: " in capfd.readouterr().err
+    monkeypatch.undo()
+    torch.manual_seed(99)  # what another process would have
+    go_on_here(recipe, tmp_path / "half", train)
+    for directory in ("seed0", "seed1") if train is seeds.train else (".",):
+        whole = timeless_rows(tmp_path / "whole" / directory)
+        assert timeless_rows(tmp_path / "half" / directory) == whole
+    if which == -1:
+        with pytest.raises(common.UsageError, match="must be above the"):
+            go_on_here(recipe, tmp_path / "half", train)
+
+
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(tmp_path):
     run = tmp_path / "run"
 

@@ -244,6 +244,32 @@ def test_a_compiler_that_fails_is_told_once_and_nothing_is_lost():
     assert told == [f"compile: updates run eagerly, {reason}."]
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_signal_leaves_the_compiler_and_nothing_is_lost(early, monkeypatch):
+    steppers = []
+    started = FusedOptimizationStepper._call_compiler
+
+    def call(self, *args):
+        steppers.append(self)
+        if early:
+            self.stop_compiling()
+        return started(self, *args)
+
+    monkeypatch.setattr(FusedOptimizationStepper, "_call_compiler", call)
+
+    def interrupted(graph, inputs):
+        assert early is False
+        steppers[0].stop_compiling()
+
+    eager, means, _, _ = run("SACLoss, Gaussian")
+    fused, fused_means, warned, _ = run("SACLoss, Gaussian", compile={"backend": interrupted})
+    assert len(steppers) == 1
+    assert_same(fused, eager)
+    assert fused_means == pytest.approx(means, rel=1e-9)
+    assert not [line for line in warned if "eagerly" in line]
+    steppers[0].stop_compiling()  # it is not at work: nothing happens
+
+
 def test_an_error_of_the_loss_itself_is_raised():
     def missing(trainer):
         trainer.register_op("process_optim_batch", lambda batch: batch.exclude("action"))

@@ -113,11 +113,12 @@ class PeriodicEvaluation(_StatelessHook):
     """Calls ``evaluate(frames)`` whenever another ``interval`` frames were collected, and at the end.
 
     Args:
-        evaluate: called with the number of frames collected so far.
+        evaluate: called with the number of frames collected so far; ``False`` says that it did not come to its end, and
+            stays due.
         interval: frames between two calls.
     """
 
-    def __init__(self, evaluate: Callable[[int], None], interval: int) -> None:
+    def __init__(self, evaluate: Callable[[int], bool | None], interval: int) -> None:
         self.evaluate = evaluate
         self.interval = interval
         self._last = 0
@@ -126,8 +127,13 @@ class PeriodicEvaluation(_StatelessHook):
         """Evaluate if it is time."""
         frames = self._trainer.collected_frames
         if frames // self.interval > self._last // self.interval or frames >= self._trainer.total_frames:
+            self.now()
+
+    def now(self) -> None:
+        """Evaluate, whether it is time or not."""
+        frames = self._trainer.collected_frames
+        if self.evaluate(frames) is not False:
             self._last = frames
-            self.evaluate(frames)
 
     def state_dict(self) -> dict[str, Any]:
         """The frame of the last evaluation."""

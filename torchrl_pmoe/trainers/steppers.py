@@ -20,6 +20,11 @@ __all__ = ["FusedOptimizationStepper"]
 
 _BAD = "_bad"
 
+
+class _StopCompilingError(BaseException):
+    """Raised out of the compiler, which catches every ``Exception``."""
+
+
 # in-graph gradients make one graph of loss and backward; PyTorch's own generator keeps the draws of the eager update
 _DYNAMO = {"trace_autograd_ops": True} if hasattr(torch._dynamo.config, "trace_autograd_ops") else {}
 _COMPILER: dict[str, Any] = {"dynamic": False, "options": {"fallback_random": True}}
@@ -89,6 +94,7 @@ class FusedOptimizationStepper(OptimizationStepper):
         self._apart = [list(group) for group in clip_apart]
         self._shape = torch.Size(shape)
         self._gradients: Callable[..., tuple] | None = None
+        self._compiling = self._told_to_stop = False
         self._graphed: CudaGraphModule | None = None
         self._keys: list[str] = []
         self._sums: Tensor | None = None
@@ -179,20 +185,41 @@ class FusedOptimizationStepper(OptimizationStepper):
         return self._gradients(*args)
 
     def _compile(self, *args: Any) -> tuple:
-        compiled = torch._dynamo.config.patch(_DYNAMO)(torch.compile(_gradients, **self._compiler))
-        self._gradients = compiled
+        self._gradients = torch._dynamo.config.patch(_DYNAMO)(torch.compile(_gradients, **self._compiler))
         try:
-            with warnings.catch_warnings():
-                # tensordict asks for a setting of the compiler that is always on by now
-                warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules", category=FutureWarning)
-                return compiled(*args)
+            return self._call_compiler(*args)
+        except _StopCompilingError:
+            self.compile = False
         # whatever stops the compiler, the eager update is right; what is wrong with the loss itself shows in it again
         except Exception as error:
             cause = getattr(error, "inner_exception", error)
             reason = (str(cause).strip().splitlines() or [""])[0]
             self._fall_back(f"the compiler could not take the loss ({type(cause).__name__}: {reason})")
-            self._gradients = _gradients
-            return _gradients(*args)
+        self._gradients = _gradients
+        return _gradients(*args)
+
+    def _call_compiler(self, *args: Any) -> tuple:
+        assert self._gradients is not None
+        self._compiling = True
+        try:
+            if self._told_to_stop:
+                raise _StopCompilingError
+            with warnings.catch_warnings():
+                # tensordict asks for a setting of the compiler that is always on by now
+                warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules", category=FutureWarning)
+                return self._gradients(*args)
+        finally:
+            self._compiling = False
+
+    def stop_compiling(self) -> None:
+        """Leave the compiler, if it is at work or about to be: updates run eagerly. For a handler of signals.
+
+        The compiler takes half a minute and longer, and a run that is told to stop will not use what it makes.
+        """
+        self._told_to_stop = True
+        if self._compiling:
+            self._compiling = False
+            raise _StopCompilingError
 
     def _descend(self, trainer: Trainer, outputs: Mapping[str, Tensor]) -> Tensor:
         """Step, unless something is bad: what is, of the losses, the gradients and both, ``[losses + 2]``."""
