@@ -44,7 +44,7 @@ def off_policy(*overrides, tqc=False):
 
     def stepper(loss, compiled):
         cfg.compile.enabled = compiled
-        return runs.build_stepper(cfg, UPDATES, SoftUpdate(loss, eps=cfg.optim.target_update_polyak))
+        return runs.build_stepper(cfg, SoftUpdate(loss, eps=cfg.optim.target_update_polyak))
 
     return cfg, loss, actor, batches, stepper
 
@@ -104,7 +104,7 @@ def on_policy(recipe, *overrides):
 
     def stepper(loss, compiled):
         cfg.compile.enabled = compiled
-        return runs.build_stepper(cfg, UPDATES)
+        return runs.build_stepper(cfg)
 
     return cfg, loss, actor, batches, stepper
 
