@@ -132,6 +132,10 @@ def resolve_config(cfg: DictConfig) -> None:
                 cfg.policy != "gating" and cfg.blend != "parameters",
                 f"parameters with policy={cfg.policy}; only gating blends",
             ),
+            "routing": (
+                cfg.routing == "soft_frequency" and cfg.loss.entropy_coeff == 0,
+                "frequency with loss.entropy_coeff=0, the soft one's temperature; above 0 it is another one",
+            ),
             "optim.router_lr": (
                 cfg.policy == "gaussian" and cfg.optim.router_lr is not None,
                 "null with policy=gaussian, which has no router",

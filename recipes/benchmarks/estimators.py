@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/estimators.py            # the table, results/estimators*.csv and results/estimators.png
     python recipes/benchmarks/estimators.py --fast     # few samples and nothing written
+    python recipes/benchmarks/estimators.py --only experts   # the experts' gradients alone (expert_estimates.py)
 
 One state, a known ``Q`` with two unequal peaks, ``alpha = 0.1``, and mixtures with random weights, locs and scales.
 The truth is the gradient of the soft objective ``J = E[Q] + alpha H(pi)`` on the logits, by quadrature in float64
@@ -43,6 +44,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
+from expert_estimates import EXPERT_ESTIMATORS, ExpertRow, expert_table, run_experts
 from router_estimates import (
     BANDIT,
     ESTIMATORS,
@@ -323,7 +325,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(rows: Sequence[Row] | Sequence[Point], path: Path) -> None:
+def write(rows: Sequence[Row] | Sequence[Point] | Sequence[ExpertRow], path: Path) -> None:
     """A CSV of dataclasses of one kind."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
@@ -332,14 +334,15 @@ def write(rows: Sequence[Row] | Sequence[Point], path: Path) -> None:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
-def main(argv: Sequence[str] | None = None) -> tuple[list[Row], list[Point]]:
-    """Parse the command line, measure, print the table, write the CSVs and the plot."""
+def main(argv: Sequence[str] | None = None) -> tuple[list[Row], list[Point], list[ExpertRow]]:
+    """Parse the command line, measure, print the tables, write the CSVs and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", default=list(EXPERTS), help="K (default: 2 4 16)")
     parser.add_argument("--instances", type=int, default=20, help="random mixtures for every K (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="groups of the largest N on each (default: %(default)s)")
     parser.add_argument("--max-draws", type=int, default=DRAWS[-1], help="largest N (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="of the timing (default: %(default)s)")
+    parser.add_argument("--only", choices=("router", "experts"), help="one of the two tables (default: both)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of estimators*.csv and estimators.png")
     parser.add_argument("--fast", action="store_true", help="four mixtures, N up to 1,000; writes nothing")
@@ -352,17 +355,28 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Row], list[Point]]:
     sizes = [size for size in DRAWS if size <= args.max_draws]
     rows: list[Row] = []
     points: list[Point] = []
-    for row, here in run(args.experts, args.instances, sizes, args.repeats, args.rounds, block=3):
-        rows.append(row)
-        points += here
-    print(table(rows, points))
+    expert_rows: list[ExpertRow] = []
+    if args.only != "experts":
+        for row, here in run(args.experts, args.instances, sizes, args.repeats, args.rounds, block=3):
+            rows.append(row)
+            points += here
+        print(table(rows, points))
+    if args.only != "router":
+        samples = args.repeats * max(sizes)
+        total = len(args.experts) * len(EXPERT_ESTIMATORS) * args.instances * samples
+        with tqdm(total=total, desc="experts", unit="sample", unit_scale=True, mininterval=1.0) as bar:
+            expert_rows += run_experts(args.experts, args.instances, samples, bar.update)
+        print(expert_table(expert_rows))
     if not args.fast:
         args.out.mkdir(parents=True, exist_ok=True)
-        write(rows, args.out / "estimators.csv")
-        write(points, args.out / "estimators_curves.csv")
-        plot(points, args.out / "estimators.png")
-        print(f"Wrote estimators.csv, estimators_curves.csv and estimators.png to {args.out}.")
-    return rows, points
+        if rows:
+            write(rows, args.out / "estimators.csv")
+            write(points, args.out / "estimators_curves.csv")
+            plot(points, args.out / "estimators.png")
+        if expert_rows:
+            write(expert_rows, args.out / "estimators_experts.csv")
+        print(f"Wrote estimators*.csv{' and estimators.png' * bool(rows)} to {args.out}.")
+    return rows, points, expert_rows
 
 
 if __name__ == "__main__":

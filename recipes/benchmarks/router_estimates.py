@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,7 +83,7 @@ class Estimator:
         options |= SAC_OPTIONS
         if self.scoring == "gradient":
             return SACLoss(actor, critic, **options)
-        return PMOESACLoss(actor, critic, routing=self.routing, backprop="weighted", **self.options, **options)
+        return PMOESACLoss(actor, critic, routing=self.routing, **{"backprop": "weighted", **self.options, **options})
 
 
 ESTIMATORS = (
@@ -159,17 +159,25 @@ def backward(loss_module: SACLoss, batch: TensorDict) -> None:
 
 
 def sample(
-    estimator: Estimator, instance: Instance, samples: int, tick: Callable[[int], object] = lambda n: None
+    estimator: Estimator,
+    instance: Instance,
+    samples: int,
+    tick: Callable[[int], object] = lambda n: None,
+    parameters: Sequence[str] = (),
 ) -> Tensor:
-    """Independent estimates of ``dJ/dlogits`` from one state each, ``[samples, K]``."""
+    """Independent estimates of ``dJ/dlogits`` from one state each, ``[samples, K]``.
+
+    With ``parameters`` (of one shape, ``loc`` and ``scale``) of the gradients on these, ``[samples, P, K, A]``.
+    """
     critic = TensorDictModule(KnownValue(), ["action"], ["state_action_value"])
     found = []
     for start in range(0, samples, CHUNK):
         rows = min(CHUNK, samples - start)
         batch = instance.batch(rows)
-        logits = batch["logits"].requires_grad_()
+        leaves = [batch[key].requires_grad_() for key in parameters or ("logits",)]
         backward(estimator.loss(critic, rows, num_qvalue_nets=1), batch)
-        assert logits.grad is not None
-        found.append(-logits.grad)
+        gradients = [-leaf.grad for leaf in leaves if leaf.grad is not None]
+        assert len(gradients) == len(leaves)
+        found.append(torch.stack(gradients, 1) if parameters else gradients[0])
         tick(rows)
     return torch.cat(found)

@@ -240,11 +240,12 @@ def test_the_temperature_is_the_entropy_coefficient_also_when_it_is_annealed(mon
     torch.testing.assert_close(loss(batch)["loss_routing"], expected)
 
 
-def test_without_an_entropy_coefficient_the_soft_frequency_is_the_best_proposal(monkeypatch):
+def test_where_the_entropy_coefficient_ends_at_zero_the_soft_frequency_is_the_best_proposal(monkeypatch):
     actor = make_policy(K)
     batch = make_onpolicy_batch(actor, B)
     fix_draws(monkeypatch)
-    soft, hard = (build(actor, routing=routing, entropy_coeff=0.0) for routing in ("soft_frequency", "frequency"))
+    soft, hard = (build(actor, routing=routing) for routing in ("soft_frequency", "frequency"))
+    soft.entropy_coeff = 0.0
     soft.qvalue_network_params.data.copy_(hard.qvalue_network_params.data)
     torch.testing.assert_close(soft(batch)["loss_routing"], hard(batch)["loss_routing"])
 
@@ -622,6 +623,7 @@ def test_a_mixture_with_another_batch_shape_is_refused():
         ({"routing": "foo"}, "'foo' is unknown; allowed: frequency, soft_frequency, score_function, marginal, none"),
         ({"routing_loss": "foo"}, "'foo' is unknown; allowed: brier, log"),
         ({"functional": False}, "functional=False is not supported"),
+        ({"routing": "soft_frequency", "entropy_coeff": 0.0}, "'soft_frequency' has entropy_coeff for its temperature"),
         *(({"num_proposals": n}, f"num_proposals={n!r} must be an integer of at least 1") for n in (0, -1, 2.0, True)),
         *(({"num_qvalue_nets": n}, f"num_qvalue_nets={n!r} must be an integer of at least 1") for n in (0, 1.5, True)),
         *(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
 
 import estimators
 import router_estimates
+from expert_estimates import EXPERT_ESTIMATORS, best_frequency, run_experts, true_gradients
 from known_optimum import ALPHA
 from router_estimates import BANDIT, ESTIMATORS, Instance
 
@@ -96,7 +98,9 @@ def test_slopes_are_evaluated_once_and_critics_score_every_expert(monkeypatch):
     for estimator in ESTIMATORS:
         evaluated.clear()
         estimators.sample(estimator, INSTANCES[1], 10)
-        assert sum(evaluated) == 10 * estimator.critic_calls(4), estimator.name
+        # before its own, a critic-scored loss asks a critic once how it takes proposals
+        assert evaluated[-1] == 10 * estimator.critic_calls(4), estimator.name
+        assert estimator.scoring == "critic" or len(evaluated) == 1
 
 
 def test_curve_of_an_unbiased_estimator_falls_as_the_root_of_samples():
@@ -138,13 +142,16 @@ def test_mixtures_have_a_router_with_something_to_learn():
 
 def test_estimators_command_writes_its_tables_and_plot(tmp_path, capsys):
     arguments = ["--experts", "2", "4", "--instances", "2", "--repeats", "2", "--max-draws", "10", "--rounds", "1"]
-    rows, points = estimators.main([*arguments, "--out", str(tmp_path)])
+    rows, points, expert_rows = estimators.main([*arguments, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    for name, found in (("estimators.csv", rows), ("estimators_curves.csv", points)):
+    for name, found in (
+        ("estimators.csv", rows), ("estimators_curves.csv", points), ("estimators_experts.csv", expert_rows),
+    ):  # fmt: skip
         with (tmp_path / name).open() as file:
             written = list(csv.DictReader(file))
         assert [row["estimator"] for row in written] == [row.estimator for row in found]
     assert len(rows) == 2 * len(ESTIMATORS)
+    assert len(expert_rows) == 4 * len(EXPERT_ESTIMATORS)
     assert [point.draws for point in points[:3]] == [1, 3, 10]
     assert all(f"| 4 | {estimator.name} |" in printed for estimator in ESTIMATORS)
     assert (tmp_path / "estimators.png").stat().st_size > 10_000
@@ -155,3 +162,40 @@ def test_estimators_command_refuses_a_router_without_a_choice(capsys):
         estimators.main(["--experts", "1"])
     assert stop.value.code == 2
     assert "--experts at least 2" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------- the experts' gradients
+
+
+@several_experts
+def test_true_gradients_of_the_experts_agree_with_finite_differences_of_the_objective(instance):
+    weights = instance.logits.softmax(-1)
+    step = torch.randn(instance.loc.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for parameter, gradient in zip(("loc", "scale"), true_gradients(instance, weights), strict=True):
+        size = 1e-5 * (instance.scale if parameter == "scale" else 1.0)
+        ends = []
+        for sign in (1, -1):
+            moved = replace(instance, **{parameter: getattr(instance, parameter) + sign * size * step})
+            ends.append(moved.objective(instance.logits[None])[0])
+        assert_close((size * step).squeeze(-1) @ gradient, (ends[0] - ends[1]) / 2, atol=1e-9, rtol=1e-4)
+
+
+@several_experts
+def test_the_best_experts_frequency_is_that_of_draws(instance):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200_000, *instance.loc.shape, generator=generator, dtype=torch.float64)
+    best = BANDIT.value((instance.loc + instance.scale * noise).tanh()).argmax(-1)
+    found = torch.bincount(best, minlength=len(instance.loc)) / len(best)
+    assert_close(best_frequency(instance), found.double(), atol=0.005, rtol=0)
+
+
+def test_weighted_and_routed_follow_the_objective_decoupled_max_random_draws_and_max_neither():
+    torch.manual_seed(0)
+    rows = {(row.estimator, row.parameter): row for row in run_experts([4], 2, 20_000)}
+    for parameter in ("loc", "scale"):
+        for name in ("weighted", "routed"):
+            assert rows[name, parameter].bias < 3 * rows[name, parameter].bias_resolution
+        decoupled, coupled = rows["max, decoupled", parameter], rows["max", parameter]
+        assert decoupled.from_random < 3 * decoupled.from_random_resolution
+        assert coupled.from_random > 10 * coupled.from_random_resolution
+    assert rows["max", "scale"].pushed_up > 0.1

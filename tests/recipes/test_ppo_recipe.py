@@ -149,6 +149,7 @@ def test_bad_value_is_named_with_what_is_allowed(override, allowed):
         (["preset=paper", "policy=gating"], "preset"),
         (["preset=paper", "policy=mcp"], "preset"),
         (["routing=score_function", "scoring=frequency"], "routing"),
+        (["routing=soft_frequency", "scoring=critic"], "routing"),
         (["policy=gaussian", "optim.router_lr=1e-3"], "optim.router_lr"),
     ],
 )

@@ -16,7 +16,7 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabili
 from torchrl_pmoe.distributions import NormalMixture, TanhNormalMixture
 from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.modules.networks import Chain, ExpertNetwork, SelectExpert, expert_chain
-from torchrl_pmoe.modules.specs import action_leaf, with_bounds
+from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
 
 __all__ = ["BestOfExpertsActor", "ExpertsActor", "PMOEActor"]
 
@@ -181,6 +181,7 @@ class PMOEActor(ExpertsActor):
             in_keys = [in_keys]
         if isinstance(out_keys, str):
             out_keys = [out_keys]
+        refuse_unknown(PMOEActor, kwargs, SafeProbabilisticModule)
         leaf, action_key, action_spec = action_leaf("PMOEActor", spec if device is None else spec.to(device), out_keys)
         if not issubclass(distribution_class, NormalMixture):
             raise ValueError(
@@ -210,6 +211,10 @@ class PMOEActor(ExpertsActor):
             floor=floor,
             loc_spread=loc_spread,
             device=device,
+        )
+        loc = torch.zeros(*leaf.shape[:-1], num_experts, leaf.shape[-1], dtype=leaf.dtype, device=leaf.device)
+        try_distribution(
+            "PMOEActor", distribution_class, distribution_kwargs or {}, logits=loc[..., 0], loc=loc, scale=loc + 1
         )
         module = TensorDictModule(chain, in_keys=list(in_keys), out_keys=list(param_keys))
         head = _MixtureModule(

@@ -11,12 +11,12 @@ from tensordict import NestedKey
 from tensordict.nn import InteractionType, TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
-from torchrl.modules import IndependentNormal, TanhNormal
+from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabilisticModule, TanhNormal
 
 from torchrl_pmoe.distributions.routing import wide
 from torchrl_pmoe.modules.actors import ExpertsActor
 from torchrl_pmoe.modules.networks import expert_chain
-from torchrl_pmoe.modules.specs import action_leaf, with_bounds
+from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
 
 __all__ = ["Blend", "GatingActor", "MCPActor", "Product"]
 
@@ -94,6 +94,7 @@ class _BlendedActor(ExpertsActor):
         **kwargs: Any,
     ) -> None:
         owner = type(self).__name__
+        refuse_unknown(type(self), kwargs, _BlendedActor, ProbabilisticActor, SafeProbabilisticModule)
         if isinstance(in_keys, str):
             in_keys = [in_keys]
         if isinstance(out_keys, str):
@@ -128,6 +129,8 @@ class _BlendedActor(ExpertsActor):
             device=device,
         )
         chain.append(composition)
+        loc = leaf.zero()
+        try_distribution(owner, distribution_class, distribution_kwargs or {}, loc=loc, scale=loc + 1)
         super().__init__(
             TensorDictModule(chain, in_keys=list(in_keys), out_keys=list(param_keys)),
             in_keys=dict(zip(("loc", "scale"), param_keys, strict=True)),

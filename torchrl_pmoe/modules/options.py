@@ -20,7 +20,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 from torchrl_pmoe.distributions import NormalMixture, TanhNormalMixture
 from torchrl_pmoe.modules.heads import ClampedExp
 from torchrl_pmoe.modules.networks import ExpertNetwork, expert_network
-from torchrl_pmoe.modules.specs import box_of_floats, with_bounds
+from torchrl_pmoe.modules.specs import box_of_floats, try_distribution, with_bounds
 
 __all__ = ["OptionActor", "OptionPolicy"]
 
@@ -197,6 +197,7 @@ class OptionActor(TensorDictModuleBase):
             kwargs = with_bounds("OptionActor", spec, kwargs, bounded="TanhNormal", unbounded="IndependentNormal")
         if kwargs.get("tanh_loc"):
             raise ValueError("OptionActor: tanh_loc=True is not supported: the mixture of the options has no such loc.")
+        try_distribution("OptionActor", distribution_class, kwargs, loc=spec.zero(), scale=spec.zero() + 1)
         if network is None:
             network = expert_network(
                 "OptionActor",

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 from tensordict import NestedKey
 from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
-__all__ = ["action_leaf", "box_of_floats", "with_bounds"]
+__all__ = ["action_leaf", "box_of_floats", "refuse_unknown", "try_distribution", "with_bounds"]
+
+
+def refuse_unknown(owner: type, options: Mapping[str, Any], *takers: type) -> None:
+    """Refuse options that nothing takes, in the name of the class that the user wrote.
+
+    Args:
+        owner: that class.
+        options: given besides its own arguments.
+        takers: classes that ``options`` are handed to.
+
+    Raises:
+        TypeError: for the first option in alphabetical order that neither ``owner`` nor one of ``takers`` knows.
+    """
+    found = [signature(taker.__init__).parameters.values() for taker in (owner, *takers)]  # type: ignore[misc]
+    known = {p.name for parameters in found for p in parameters if p.kind is not Parameter.VAR_KEYWORD}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise TypeError(f"{owner.__name__}: got an unexpected keyword argument {unknown[0]!r}{hint}")
+
+
+def try_distribution(owner: str, kind: Callable[..., Any], kwargs: Mapping[str, Any], **params: Tensor) -> None:
+    """Make a distribution once, so that an option that it does not take shows where it is given.
+
+    Args:
+        owner: who is speaking in an error.
+        kind: the distribution's class.
+        kwargs: its options.
+        params: parameters of the right shapes.
+
+    Raises:
+        TypeError: for an unknown option.
+        ValueError: for a value that an option cannot have.
+    """
+    try:
+        kind(**params, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{owner}: distribution_kwargs: {error}") from error
 
 
 def action_leaf(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -20,9 +19,6 @@ from torchrl_pmoe.distributions.routing import RoutingGradient
 from torchrl_pmoe.objectives.scoring import CriticScoredLoss, Scored
 
 __all__ = ["PMOEClipPPOLoss"]
-
-# the parents swallow keywords that they do not know
-_PARENT_OPTIONS = {name for parent in (ClipPPOLoss, PPOLoss) for name in signature(parent.__init__).parameters}
 
 
 class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
@@ -41,7 +37,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     Keyword Args:
         routing: what the router learns besides the surrogate: ``"frequency"``, the one-hot of the best proposal
             (Definition 3.1); ``"soft_frequency"``, its maximum-entropy counterpart at the temperature
-            ``entropy_coeff`` (also with ``entropy_bonus=False``); ``"marginal"``,
+            ``entropy_coeff``, above 0 (also with ``entropy_bonus=False``); ``"marginal"``,
             ``sum_k w_k (entropy_coeff log pi(a_k) - Q(s, a_k))``; ``"score_function"``, the likelihood-ratio estimate
             of the same; ``"none"``.
         routing_coef: factor on the routing loss.
@@ -94,15 +90,11 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
-        unknown = kwargs.keys() - _PARENT_OPTIONS
-        if unknown:
-            raise TypeError(f"{name}: got an unexpected keyword argument {min(unknown)!r}.")
+        self._check_options({**kwargs, "num_qvalue_nets": num_qvalue_nets}, ClipPPOLoss, PPOLoss)
         if isinstance(kwargs.get("entropy_coeff"), Mapping):
             raise ValueError(f"{name}: entropy_coeff must be a number, one action has one entropy.")
         if not kwargs.get("functional", True):
             raise ValueError(f"{name}: functional=False is not supported; leave it out.")
-        if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int) or num_qvalue_nets < 1:
-            raise ValueError(f"{name}: num_qvalue_nets={num_qvalue_nets!r} must be an integer of at least 1.")
         if not 0.0 <= qvalue_coeff < float("inf"):
             raise ValueError(f"{name}: qvalue_coeff={qvalue_coeff!r} must be finite and not negative.")
         self._check_actor(name, actor_network)
@@ -110,6 +102,11 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         self._set_routing(
             routing=routing, routing_coef=routing_coef, routing_loss=routing_loss, num_proposals=num_proposals
         )
+        if self.routing is RoutingGradient.SOFT_FREQUENCY and self.entropy_coeff == 0:
+            raise ValueError(
+                f"{name}: routing='soft_frequency' has entropy_coeff for its temperature, and at 0 it is the hard "
+                "'frequency'; take that one, or an entropy_coeff above 0."
+            )
         self.num_qvalue_nets = num_qvalue_nets
         self.qvalue_coeff = qvalue_coeff
         self._seen: list[tuple[TensorDictBase, NormalMixture]] | None = None
@@ -152,19 +149,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         self._in_keys = known + [key for key in map(unravel_key, self.qvalue_network.in_keys) if key not in known]
 
     _in_keys: list[NestedKey] | None
-    _out_keys: list[NestedKey] | None
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """Keys of the output."""
-        if self._out_keys is None:
-            ours = ["loss_routing", "loss_qvalue", "routing_entropy", "expert_usage", "best_expert_value"]
-            self._out_keys = [*super().out_keys, *ours]
-        return self._out_keys
-
-    @out_keys.setter
-    def out_keys(self, values: list[NestedKey]) -> None:
-        self._out_keys = values
+    _own_out_keys = ("loss_routing", "loss_qvalue", "routing_entropy", "expert_usage", "best_expert_value")
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple[Tensor, Distribution, Any, Any]:
         # the parent's forward keeps the mixture and the value target to itself; both pass through here
@@ -186,6 +171,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         Raises:
             KeyError: if there is no value target.
         """
+        self._check_critic_keys()
         states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
         if self.separate_losses:  # as the parent does for the value
             states = states.detach()

@@ -52,8 +52,10 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
     ``best_expert_value``. With ``reduction="none"`` losses are ``[*B]`` and diagnostics go where ``alpha`` goes.
 
     Raises:
-        ValueError: for an unknown option, SAC v1, an actor whose distribution is not a mixture, or a
+        ValueError: for a value that an option cannot have, SAC v1, an actor whose distribution is not a mixture, or a
             ``target_entropy`` above the entropy of the uniform distribution, ``sum_i log(high_i - low_i)``.
+        TypeError: for an unknown option.
+        KeyError: in a call, where the critics write no ``state_action_value`` or read no action.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
     ) -> None:
         if value_network is not None:
             raise ValueError(f"{type(self).__name__}: value_network (SAC v1) is not supported; leave it out.")
+        self._check_options(kwargs, SACLoss)
         self._check_actor(type(self).__name__, actor_network)
         super().__init__(actor_network, self._unlisted(qvalue_network), **kwargs)
         self._set_routing(
@@ -107,8 +110,9 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         **kwargs: of :class:`~torchrl.objectives.TQCLoss`.
 
     Raises:
-        ValueError: for an unknown option, an actor whose distribution is not a mixture, or a ``target_entropy`` that
-            cannot be reached.
+        ValueError: for a value that an option cannot have, an actor whose distribution is not a mixture, or a
+            ``target_entropy`` that cannot be reached.
+        TypeError: for an unknown option.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         num_proposals: int = 1,
         **kwargs: Any,
     ) -> None:
+        self._check_options(kwargs, TQCLoss)
         self._check_actor(type(self).__name__, actor_network)
         super().__init__(actor_network, self._unlisted(qvalue_network), **kwargs)
         self._set_routing(

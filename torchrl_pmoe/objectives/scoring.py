@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from tensordict import TensorDict, TensorDictBase, TensorDictParams, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import CompositeDistribution, TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec
@@ -26,6 +26,7 @@ from torchrl_pmoe.distributions.routing import (
     soft_frequency,
     wide,
 )
+from torchrl_pmoe.modules.specs import refuse_unknown
 from torchrl_pmoe.objectives.units import action_units, mixture_of
 
 __all__ = ["CriticScoredLoss", "CriticScoredSACLoss", "Scored"]
@@ -33,6 +34,14 @@ __all__ = ["CriticScoredLoss", "CriticScoredSACLoss", "Scored"]
 BACKPROP = ("max", "all", "routed", "weighted")
 ENTROPY_FROM = ("policy", "winner")
 ROUTING_LOSSES = ("brier", "log")
+_DISTANCES = ("l2", "l1", "smooth_l1")
+PARENT_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "loss_function": _DISTANCES,
+    "loss_critic_type": _DISTANCES,
+    "reduction": (None, "mean", "sum", "none"),
+    "scalar_output_mode": (None, "exclude", "non_tensor"),
+}
+"""Options of TorchRL's losses that are looked at in the first call only."""
 
 
 class Scored(NamedTuple):
@@ -108,6 +117,26 @@ class CriticScoredLoss:
         single = isinstance(qvalue_network, list) and len(qvalue_network) == 1
         return qvalue_network[0] if single else qvalue_network
 
+    @classmethod
+    def _check_options(cls, options: Mapping[str, Any], *parents: type) -> None:
+        """Refuse what the parents would not know, or would find out about in the first call only.
+
+        Raises:
+            TypeError: for an unknown option.
+            ValueError: for a value that an option cannot have.
+        """
+        refuse_unknown(cls, options, *parents)
+        for name, allowed in PARENT_CHOICES.items():
+            if options.get(name, allowed[0]) not in allowed:
+                raise ValueError(
+                    f"{cls.__name__}: {name}={options[name]!r} is unknown; allowed: {', '.join(map(str, allowed))}."
+                )
+        number = options.get("num_qvalue_nets", 1)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{cls.__name__}: num_qvalue_nets={number!r} must be an integer of at least 1.")
+        if not 0.0 < options.get("alpha_init", 1.0) < math.inf:
+            raise ValueError(f"{cls.__name__}: alpha_init={options['alpha_init']!r} must be finite and positive.")
+
     @staticmethod
     def _check_actor(owner: str, actor: Any) -> None:
         kind, _ = mixture_of(actor)
@@ -116,6 +145,40 @@ class CriticScoredLoss:
             raise ValueError(
                 f"{owner}: the actor's distribution must be NormalMixture or TanhNormalMixture, "
                 f"got {kind.__name__}{composite}."
+            )
+
+    _own_out_keys: ClassVar[Sequence[str]] = ("loss_routing", "routing_entropy", "expert_usage", "best_expert_value")
+    _out_keys: list[NestedKey] | None
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Keys of the output: the parent's, then ours, so that a call with keywords returns the parent's first."""
+        if self._out_keys is None:
+            self._out_keys = [*super().out_keys, *self._own_out_keys]  # type: ignore[misc]
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[NestedKey]) -> None:
+        self._out_keys = values
+
+    def _check_critic_keys(self) -> None:
+        """Refuse critics that write no value or read no action, which would otherwise end far from here.
+
+        Raises:
+            KeyError: with the key that is missing.
+        """
+        name, keys = type(self).__name__, self.tensor_keys
+        written = [unravel_key(key) for key in self.qvalue_network.out_keys]
+        if unravel_key(keys.state_action_value) not in written:
+            raise KeyError(
+                f"{name}: the Q-network writes {written}, and {keys.state_action_value!r} is not among them; give it "
+                f"out_keys=[{keys.state_action_value!r}] or call set_keys(state_action_value=...)."
+            )
+        action, read = _path(keys.action), [_path(key) for key in self.qvalue_network.in_keys]
+        if not any(action[: len(key)] == key for key in read):
+            raise KeyError(
+                f"{name}: the Q-network reads {self.qvalue_network.in_keys}, and the action {keys.action!r} is not "
+                "among them; proposals could not be told apart. Name it in the in_keys or call set_keys(action=...)."
             )
 
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
@@ -171,6 +234,7 @@ class CriticScoredLoss:
         Returns:
             ``[*M, *B, *G]``, or ``[*M, *B, *G, K]`` per expert.
         """
+        self._check_critic_keys()
         if per_expert:
             action = action.movedim(-2, 0)  # [K, *M, *B, *G, A]: a critic may read batch dimensions as time or agents
         leading = draws + per_expert
@@ -315,6 +379,11 @@ class CriticScoredLoss:
         }
 
 
+def _path(key: NestedKey) -> tuple[str, ...]:
+    key = unravel_key(key)
+    return (key,) if isinstance(key, str) else key
+
+
 def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
     """Whether two values differ by rounding alone, which may be that of another kernel; ``scale`` holds their size."""
     reduced = torch.is_autocast_enabled(value.device.type) or (
@@ -453,22 +522,6 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
         share = dist.probs.detach()
         return (share * loss).sum(-1), (share * density).sum(-1), scored
 
-    _out_keys: list[str] | None
-
-    @property
-    def out_keys(self) -> list[str]:
-        """Keys of the output."""
-        if self._out_keys is None:
-            self._out_keys = [
-                "loss_actor", "loss_qvalue", "loss_alpha", "loss_routing", "alpha", "entropy",
-                "routing_entropy", "expert_usage", "best_expert_value",
-            ]  # fmt: skip
-        return self._out_keys
-
-    @out_keys.setter
-    def out_keys(self, values: list[str]) -> None:
-        self._out_keys = values
-
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The parent's losses, ``loss_routing`` and the diagnostics.
@@ -476,6 +529,7 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
         Args:
             tensordict: a batch ``[*B]`` of transitions.
         """
+        self._check_critic_keys()
         weights = self._maybe_get_priority_weight(tensordict)
         loss_qvalue, value_metadata = self.qvalue_v2_loss(tensordict)
         loss_actor, metadata = self.actor_loss(tensordict)
@@ -486,16 +540,16 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
             "loss_actor": loss_actor,
             "loss_qvalue": loss_qvalue,
             "loss_alpha": loss_alpha,
-            "loss_routing": metadata.pop("loss_routing"),
         }
-        scalars = {"alpha": self._alpha, "entropy": -log_prob.mean(), **metadata}
+        routing = {"loss_routing": metadata.pop("loss_routing")}
+        scalars = {"alpha": self._alpha, "entropy": -log_prob.mean()}
         if self.reduction == "none":
-            out = TensorDict(losses, batch_size=tensordict.batch_size)
+            out = TensorDict({**losses, **routing}, batch_size=tensordict.batch_size)
             if self.scalar_output_mode == "non_tensor":
-                for name, value in scalars.items():
+                for name, value in {**scalars, **metadata}.items():
                     out.set_non_tensor(name, value)
         else:
-            out = TensorDict({**losses, **scalars}, batch_size=[])
+            out = TensorDict({**losses, **scalars, **routing, **metadata}, batch_size=[])
         self._clear_weakrefs(
             tensordict,
             out,
