@@ -6,7 +6,10 @@ import difflib
 import os
 import re
 import sys
+import tempfile
+import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -570,19 +573,69 @@ def make_env(
         processes: whether each environment has a process of its own.
         clip_actions: take actions of any size and clip them into ``[-1, 1]``.
     """
+    words = None
+    if processes:
+        handle, words = tempfile.mkstemp(prefix="torchrl_pmoe-")
+        os.close(handle)
 
     def single() -> EnvBase:
-        env = TransformedEnv(GymWrapper(wrap(make_gym(name, kwargs))), DoubleToFloat())
+        gym_env = make_gym(name, kwargs)
+        env = TransformedEnv(
+            GymWrapper(wrap(gym_env if words is None else _LastWords(gym_env, words))), DoubleToFloat()
+        )
         if torch.float16 in (env.observation_spec["observation"].dtype, env.action_spec.dtype):
             env.append_transform(DTypeCastTransform(torch.float16, torch.float32))
         return normalize_actions(env, clip=clip_actions)
 
     if processes:
         env: EnvBase = parallel_env(num_envs, single)
+        env.last_words = words
+        weakref.finalize(env, Path(str(words)).unlink, missing_ok=True)
     else:
         env = single() if num_envs == 1 else SerialEnv(num_envs, single)
     env.set_seed(seed)
     return env
+
+
+class _LastWords(gym.Wrapper):
+    """In a process of its own: keeps what the environment raises for the run, and ends the process without a word.
+
+    Args:
+        env: Gymnasium's.
+        file: that takes one line and the traceback.
+    """
+
+    def __init__(self, env: gym.Env, file: str) -> None:
+        super().__init__(env)
+        self._file = file
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        with self._kept():
+            return self.env.reset(**kwargs)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        with self._kept():
+            return self.env.step(action)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        # an environment may raise anything
+        except Exception as error:
+            text = "".join(traceback.format_exception(error))
+            Path(self._file).write_text(f"{process.describe(error)}\n{text}", encoding="utf-8")
+            raise SystemExit(1) from None
+
+
+def last_words(env: EnvBase) -> tuple[str, str] | None:
+    """What an environment in a process of its own has raised, in one line and as a traceback; None if nothing."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    file = getattr(env, "last_words", None)
+    text = Path(file).read_text(encoding="utf-8") if file is not None and Path(file).is_file() else ""
+    line, _, trace = text.partition("\n")
+    return (line, trace) if line else None
 
 
 def raw_action_policy(cfg: DictConfig, policy: TensorDictModuleBase) -> RawActionPolicy:

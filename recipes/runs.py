@@ -18,7 +18,7 @@ import numpy as np
 import process
 import resume
 import torch
-from common import Interrupted, RunError, UsageError, cause, make_gym, raw_action_policy
+from common import Interrupted, RunError, UsageError, cause, last_words, make_gym, raw_action_policy
 from omegaconf import DictConfig, OmegaConf
 from recording import CheckpointLog, RunRecorder, replace
 from tensordict import TensorDict, TensorDictBase
@@ -682,7 +682,12 @@ def what_ended(error: Exception, trainer: Trainer, run_dir: Path) -> str:
     elif isinstance(error, CheckpointError):
         reason = str(error)
     else:
-        reason = f"{cause(error)} ({process.keep_traceback(error, run_dir)})"
+        if (told := last_words(trainer.collector.env)) is not None:
+            line, trace = told
+            error.__cause__ = RuntimeError(f"in a process of its own:\n{trace}")
+        else:
+            line = cause(error)
+        reason = f"{line} ({process.keep_traceback(error, run_dir)})"
     return f"frame {trainer.collected_frames}: {reason}; the run stops here"
 
 

@@ -115,3 +115,14 @@ def test_observations_and_actions_of_any_floating_point_type_train(recipe, small
     types = [f"+env_kwargs.obs={number}", f"+env_kwargs.act={number}"]
     recipe_runs.run_here(recipe, tmp_path, *small, ENV, *types)
     assert recipe_runs.rows(tmp_path)[-1]["return_mean"] == "5"
+
+
+def test_what_an_environment_raises_in_a_process_of_its_own_is_told_in_one_line(tmp_path, capfd):
+    where = ["env=recipe_envs:Breaks-v0", "collector.backend=parallel", "collector.num_envs=2"]
+    frames = ["total_frames=1000", "collector.init_random_frames=900", "checkpoint.interval=200"]
+    with pytest.raises(common.RunError) as error:
+        recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SAC, *where, *frames, "logger.eval_interval=1000")
+    assert str(error.value).startswith("frame 660: ValueError: the hinge broke: no more steps (the traceback is in ")
+    assert "checkpoint-000000000600 is whole" in str(error.value)
+    assert 'raise ValueError("the hinge broke' in (tmp_path / "run" / process.TRACEBACK).read_text()
+    assert "Traceback" not in capfd.readouterr().err
