@@ -18,7 +18,7 @@ from torchrl.envs import GymEnv
 from torchrl.modules import RandomPolicy
 
 from torchrl_pmoe.envs import EpisodeState
-from torchrl_pmoe.trainers import FiniteBatch, FusedOptimizationStepper, VerifiedCheckpoint
+from torchrl_pmoe.trainers import FusedOptimizationStepper, VerifiedCheckpoint
 
 import ppo_pmoe  # isort: skip
 import resume  # isort: skip
@@ -65,14 +65,6 @@ def frames(device, number=4):
     rows = TensorDict(observation=torch.zeros(number, 3), batch_size=[number])
     rows["next"] = TensorDict(reward=torch.zeros(number, 1), done=torch.zeros(number, 1).bool(), batch_size=[number])
     return rows.to(device)
-
-
-def test_the_last_good_frame_comes_to_the_frames():
-    before, after = (FiniteBatch(["observation", ("next", "reward")], "skip") for _ in range(2))
-    before(frames("cpu"))
-    after.load_state_dict(before.state_dict())
-    found = after(frames("meta"))
-    assert {value.device.type for value in found.values(True, True)} == {"meta"}
 
 
 def buffer_of(device, **kwargs):

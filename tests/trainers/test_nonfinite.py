@@ -49,10 +49,9 @@ def test_a_batch_with_a_bad_number_is_named_with_its_frames(bad):
         hook(worse)
 
 
-@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-def test_a_bad_action_in_a_good_state_is_the_policys_fault(on_nonfinite):
+def test_a_bad_action_in_a_good_state_is_the_policys_fault():
     """Whatever the environment makes of it; in a state that is bad itself the environment is named, as before."""
-    hook = FiniteBatch(KEYS, on_nonfinite)
+    hook = FiniteBatch(KEYS)
     hook(frames(5).set("action", torch.zeros(5, 2)))
     diverged = frames(5).set("action", torch.zeros(5, 2))
     diverged["action"][3, 1] = NAN
@@ -62,89 +61,23 @@ def test_a_bad_action_in_a_good_state_is_the_policys_fault(on_nonfinite):
         hook(diverged)
     blown_up = frames(5).set("action", torch.zeros(5, 2))
     blown_up["next", "observation"][3] = blown_up["observation"][4] = blown_up["action"][4] = NAN
-    if on_nonfinite == "stop":
-        with pytest.raises(NonFiniteError, match=r"^the environment returned a NaN or inf"):
-            FiniteBatch(KEYS)(blown_up)
-    else:
-        assert FiniteBatch(KEYS, "skip")(blown_up)["action"].isfinite().all()
+    with pytest.raises(NonFiniteError, match=r"^the environment returned a NaN or inf"):
+        FiniteBatch(KEYS)(blown_up)
 
 
-def test_a_bad_frame_is_replaced_by_the_one_before_it_and_ends_the_trajectory():
-    hook = FiniteBatch(KEYS, "skip")
-    worse = frames(6)
-    worse["next", "observation"][3, 1] = NAN
-    found = hook(worse)
-    assert found["observation"][:, 0].tolist() == [0, 1, 2, 2, 4, 5]
-    assert found["next", "reward"].flatten().tolist() == [0, 1, 2, 2, 4, 5]
-    for key in ("done", "truncated"):
-        assert found["next", key].flatten().tolist() == [False, False, True, True, False, False]
-    assert not found["next", "terminated"].any()
-    assert found.isfinite().all()
-    assert hook.skipped == 1
-
-
-def test_a_marked_frame_is_bad_though_its_numbers_are_not():
-    hook = FiniteBatch(KEYS, "skip")
-    batch = frames(4)
-    batch["next", "nonfinite"] = torch.tensor([False, False, True, False]).unsqueeze(-1)
-    assert hook(batch)["observation"][:, 0].tolist() == [0, 1, 1, 3]
-
-
-def test_bad_frames_at_the_start_are_replaced_by_the_last_good_one_of_the_batch_before():
-    hook = FiniteBatch(KEYS, "skip")
-    assert hook(frames(3)) is None
-    worse = frames(3)
-    worse["next", "reward"][:2] = INF
-    assert hook(worse)["observation"][:, 0].tolist() == [2, 2, 2]
-    alone = frames(1)
-    alone["observation"][0] = NAN
-    assert hook(alone)["observation"][:, 0].tolist() == [2]
-    assert hook.skipped == 3
-
-
-def test_bad_frames_at_the_start_of_a_run_are_replaced_by_a_good_one_of_their_batch():
-    worse = frames(3)
-    worse["next", "reward"][0] = INF
-    assert FiniteBatch(KEYS, "skip")(worse)["observation"][:, 0].tolist() == [2, 1, 2]
-
-
-def test_trajectories_of_several_environments_end_where_their_own_frames_are_bad():
-    hook = FiniteBatch(KEYS, "skip")
-    worse = frames(4, envs=2)
-    worse["next", "reward"][1, 2] = NAN
-    found = hook(worse)
-    assert found["next", "done"].squeeze(-1).tolist() == [[False] * 4, [False, True, True, False]]
-    assert found["observation"][..., 0].tolist() == [[0, 1, 2, 3], [0, 1, 1, 3]]
-
-
-def test_an_environment_that_gives_nothing_else_stops_the_run():
-    bad = frames(2)
-    bad["next", "reward"][:] = NAN
-    with pytest.raises(NonFiniteError, match="nothing but NaN or infinite numbers up to frame 2"):
-        FiniteBatch(KEYS, "skip")(bad.clone())
-    hook = FiniteBatch(KEYS, "skip")
-    hook(frames(2))
-    for _ in range(99):
-        hook(bad.clone())
-    with pytest.raises(NonFiniteError, match="nothing but NaN"):
-        hook(bad.clone())
-
-
-def test_what_was_left_out_is_remembered_in_checkpoints():
-    first, second = FiniteBatch(KEYS, "skip"), FiniteBatch(KEYS, "skip")
+def test_frames_are_counted_on_after_a_resume():
+    first, second = FiniteBatch(KEYS), FiniteBatch(KEYS)
     first(frames(3))
-    bad = frames(1)
-    bad["next", "reward"][:] = NAN
-    first(bad.clone())
     second.load_state_dict(first.state_dict())
-    assert second(bad.clone())["observation"][:, 0].tolist() == [2]
-    assert second.skipped == 2
+    worse = frames(2, envs=2)
+    worse["next", "reward"][1, 0] = INF
+    with pytest.raises(NonFiniteError, match="between frames 3 and 7"):
+        second(worse)
 
 
 def test_another_word_is_refused():
-    for build in (lambda: FiniteBatch(KEYS, "ignore"), lambda: FusedOptimizationStepper(on_nonfinite="ignore")):
-        with pytest.raises(ValueError, match="on_nonfinite='ignore' must be 'stop' or 'skip'"):
-            build()
+    with pytest.raises(ValueError, match="on_nonfinite='ignore' must be 'stop' or 'skip'"):
+        FusedOptimizationStepper(on_nonfinite="ignore")
 
 
 # ------------------------------------------------------------------------------------------------ updates

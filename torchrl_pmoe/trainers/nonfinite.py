@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
@@ -16,7 +16,7 @@ __all__ = ["BAD_IN_A_ROW", "FiniteBatch", "FiniteLoss", "NonFiniteError", "OnNon
 OnNonFinite = Literal["stop", "skip"]
 
 BAD_IN_A_ROW = 100
-"""Updates, or batches of frames, that may be skipped one after the other; then the run stops."""
+"""Updates that may be skipped one after the other; then the run stops."""
 
 
 class NonFiniteError(RuntimeError):
@@ -35,76 +35,47 @@ def check_choice(owner: str, on_nonfinite: str) -> OnNonFinite:
 
 
 class FiniteBatch(TrainerHookBase):
-    """Keeps bad frames out of the replay buffer: the run stops, or goes on without them.
+    """Stops the run at a bad frame, before that reaches a replay buffer or an advantage.
 
-    *stop* raises :class:`NonFiniteError`. *skip* puts the good frame before it in the place of a bad one, so that
-    shapes and counts stay as they are, and ends the trajectory there (``done`` and ``truncated``, not ``terminated``):
-    what follows is not linked to it. The environment must begin a new episode there
-    (:class:`~torchrl_pmoe.envs.FiniteSteps`, :class:`~torchrl_pmoe.envs.FiniteStep`).
-
-    An action that is NaN or infinite in a state that is not is the policy's fault: the run stops and says so, under
-    *skip* too, because every action of a policy that has diverged would have to be left out.
+    An action that is NaN or infinite in a state that is not is the policy's fault, anything else the environment's: the
+    error says whose.
 
     Frames on a GPU are judged there; the host looks at the result once in ``look_every`` batches.
 
     Args:
-        keys: the entries of the collected batch ``[*B, T]`` to look at; ``("next", "nonfinite")`` is one where it is
-            there.
-        on_nonfinite: ``"stop"`` or ``"skip"``.
+        keys: the entries of the collected batch ``[*B, T]`` to look at.
         look_every: see above.
         action_key: the policy's action, looked at where it is there.
-
-    Raises:
-        ValueError: if ``on_nonfinite`` is something else.
     """
 
     def __init__(
-        self,
-        keys: Sequence[NestedKey],
-        on_nonfinite: OnNonFinite = "stop",
-        *,
-        look_every: int = BAD_IN_A_ROW,
-        action_key: NestedKey = "action",
+        self, keys: Sequence[NestedKey], *, look_every: int = BAD_IN_A_ROW, action_key: NestedKey = "action"
     ) -> None:
         self.keys = tuple(keys)
         self.action_key = action_key
-        self.on_nonfinite = check_choice("FiniteBatch", on_nonfinite)
         self.look_every = look_every
         self._frames = 0
         self._looked_at = 0
         self._batches = 0
         self._bad: Tensor | None = None
         self._diverged: Tensor | None = None
-        self._skipped: Tensor | int = 0
-        self._in_a_row: Tensor | int = 0
-        self._good: TensorDictBase | None = None
 
-    @property
-    def skipped(self) -> int:
-        """Frames that were left out."""
-        return int(self._skipped)
+    def __call__(self, batch: TensorDictBase) -> None:
+        """Look at a collected batch.
 
-    def __call__(self, batch: TensorDictBase) -> TensorDictBase | None:
-        """Look at a collected batch."""
+        Raises:
+            NonFiniteError: for a bad frame.
+        """
         flags = torch.stack([_bad_rows(batch, key) for key in self.keys])
-        rows = flags.any(0)
-        if (marked := batch.get(("next", "nonfinite"), None)) is not None:
-            rows = rows | marked.reshape(rows.shape)
         start, self._frames = self._frames, self._frames + batch.numel()
         self._batches += 1
-        on_host = rows.device.type == "cpu"
+        on_host = flags.device.type == "cpu"
         self._judge_policy(batch, flags, start)
-        if self.on_nonfinite == "skip":
-            if not on_host or rows.any():
-                return self._without(batch, rows)
-            self._good, self._in_a_row = batch.reshape(-1)[-1:].clone(), 0
-            return None
         found = flags.flatten(1).any(1)
         self._bad = found if self._bad is None else self._bad | found
         if on_host or self._batches % self.look_every == 0:
             self._look(start if on_host else self._looked_at)
             self._looked_at = self._frames
-        return None
 
     def _judge_policy(self, batch: TensorDictBase, flags: Tensor, start: int) -> None:
         """Find actions ``[*B, T]`` that are bad where what the policy has read is not."""
@@ -135,39 +106,8 @@ class FiniteBatch(TrainerHookBase):
                 "the run stops here"
             )
 
-    def _without(self, batch: TensorDictBase, bad: Tensor) -> TensorDictBase:
-        rows = batch.reshape(-1)
-        flat = bad.flatten()
-        # row 0 is the last good one of the batches before
-        pool: TensorDictBase = torch.cat([rows[:1] if self._good is None else self._good.to(flat.device), rows])
-        index = torch.arange(1, len(pool), device=flat.device)
-        good = torch.where(flat, 0, index)
-        source = good.cummax(0).values
-        if self._good is None:
-            source = torch.where(source > 0, source, good.amax())
-        out: TensorDictBase = pool[source].reshape(batch.shape)
-        ends = bad.clone()
-        ends[..., :-1] |= bad[..., 1:]
-        for key in (("next", "done"), ("next", "truncated")):
-            if key in out.keys(True):
-                value = out.get(key)
-                out.set(key, value | ends.reshape(*ends.shape, *[1] * (value.ndim - ends.ndim)))
-        first, self._good = self._good is None, pool[source[-1:]].clone()
-        self._skipped = self._skipped + flat.sum()
-        self._in_a_row = torch.where(flat.all(), torch.as_tensor(self._in_a_row, device=flat.device) + 1, 0)
-        if flat.device.type == "cpu" or first or self._batches % self.look_every == 0:
-            self._look_at_the_row(1 if first else BAD_IN_A_ROW)
-        return out
-
-    def _look_at_the_row(self, allowed: int) -> None:
-        if int(self._in_a_row) >= allowed:
-            raise NonFiniteError(
-                f"the environment returned nothing but NaN or infinite numbers up to frame {self._frames}: "
-                "the run stops here"
-            )
-
     def state_dict(self) -> dict[str, Any]:
-        """How many frames there were, how many were left out, and the last good one.
+        """How many frames there were.
 
         Raises:
             NonFiniteError: for bad frames on a GPU that nobody has looked at yet; a checkpoint would hide them.
@@ -175,14 +115,11 @@ class FiniteBatch(TrainerHookBase):
         self._look_at_the_policy(self._looked_at)
         if self._bad is not None:
             self._look(self._looked_at)
-        good = {} if self._good is None else self._good.flatten_keys("/").to_dict()
-        return {"frames": self._frames, "skipped": self.skipped, "in_a_row": int(self._in_a_row), "good": good}
+        return {"frames": self._frames}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self._frames = self._looked_at = state_dict["frames"]
-        self._skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
-        self._good = TensorDict(state_dict["good"], [1]).unflatten_keys("/") if state_dict["good"] else None
 
     def register(self, trainer: Trainer, name: str = "finite_batch") -> None:
         """Register ahead of whatever stores the batch, and with the checkpoint."""
