@@ -111,7 +111,7 @@ def stand_in(loss: LossModule, optimizer: torch.optim.Optimizer) -> Any:
         optimizer=optimizer,
         clip_norm=None,
         _process_loss_ops=[],
-        _post_loss_hook=lambda batch: None,
+        _post_loss_ops=[],
         _process_loss_hook=lambda batch, losses: losses,
     )
 

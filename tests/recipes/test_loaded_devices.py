@@ -47,7 +47,7 @@ def test_means_go_on_where_the_updates_are():
             optimizer=optimizer,
             clip_norm=None,
             compute_loss=lambda batch: TensorDict(loss_a=weight.sum(), other=weight.detach().mean()),
-            _post_loss_hook=lambda batch: None,
+            _post_loss_ops=[],
             _process_loss_hook=lambda batch, losses: losses,
         )
         stepper.step(trainer, TensorDict())
