@@ -15,8 +15,11 @@ if __name__ == "__main__":
     process.begin()
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -26,6 +29,7 @@ from zipfile import BadZipFile
 import common
 import hydra
 import numpy as np
+import process
 import resume
 import routes_report
 import runs
@@ -295,10 +299,34 @@ def finished(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: 
     return True
 
 
-def _leave_interrupts_alone() -> None:
-    """In a worker: an interrupt is the parent's, whose SIGTERM ends the job and not the process with its locks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin_worker() -> None:
+    """In a worker: what a terminal sends is for the parent; its SIGTERM ends the job, not the process with its locks.
+
+    A parent that was killed sends nothing: then the worker tells itself.
+    """
+    process.speak_plainly()
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train_in_worker(*args: Any) -> None:
+    """As :func:`train`; where nobody waits for the result any more, the worker ends."""
+    try:
+        train(*args)
+    finally:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            os._exit(1)
 
 
 def train_all(cfg: DictConfig, configs: dict[str, DictConfig], directory: Path) -> None:
@@ -321,11 +349,11 @@ def train_all(cfg: DictConfig, configs: dict[str, DictConfig], directory: Path) 
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=len(configs), initial=finished_before, unit="run", disable=not cfg.logger.progress_bar) as bar,
-        ProcessPoolExecutor(cfg.num_workers, context, initializer=_leave_interrupts_alone) as pool,
+        ProcessPoolExecutor(cfg.num_workers, context, initializer=_begin_worker) as pool,
     ):
         waiting = [(run, directory / name, *args) for name, run in todo.items()]
         try:
-            jobs = {pool.submit(train, *job) for job in waiting[: cfg.num_workers]}
+            jobs = {pool.submit(_train_in_worker, *job) for job in waiting[: cfg.num_workers]}
             del waiting[: cfg.num_workers]
             while jobs:
                 done, jobs = wait(jobs, return_when=FIRST_COMPLETED)
@@ -333,13 +361,14 @@ def train_all(cfg: DictConfig, configs: dict[str, DictConfig], directory: Path) 
                     job.result()
                     bar.update()
                     if waiting:
-                        jobs.add(pool.submit(train, *waiting.pop(0)))
+                        jobs.add(pool.submit(_train_in_worker, *waiting.pop(0)))
         except BaseException as error:
             # each writes a checkpoint and is waited for
             for worker in multiprocessing.active_children():
                 worker.terminate()
             if isinstance(error, KeyboardInterrupt | SystemExit):
-                number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+                status = 128 + signal.SIGTERM if isinstance(error, SystemExit) else 128 + signal.SIGINT
+                number = int(getattr(error, "code", None) or status) - 128
                 raise common.Interrupted(number, "with a checkpoint of every training") from None
             raise
 

@@ -7,7 +7,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import recipe_runs
 from recipe_runs import RECIPES, common, in_background, wait_for
 
 import process  # isort: skip
+import resume  # isort: skip
 import runs  # isort: skip
 
 SMALL = [
@@ -221,3 +224,42 @@ def test_a_warning_is_one_line_and_odd_letters_do_not_end_a_run(tmp_path):
     warning, error = done.stderr.splitlines()
     assert warning == r"warning: two\nlines"
     assert error.startswith(r"error: ValueError: \xe9; the traceback is in ")
+
+
+# ------------------------------------------------------------------------------------------------ workers
+
+
+def processes_of(session):
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, of = stat.read_text().rsplit(")", 1)[1].split()[:4]
+            if int(of) == session and state not in "ZX":
+                found.append(stat.parent.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds processes through /proc")
+def test_workers_of_an_experiment_that_was_killed_end_with_checkpoints(tmp_path):
+    small = [value for value in SMALL if not value.startswith(("env=", "logger.eval_interval"))]
+    args = ["policies=[gaussian,pmoe]", "num_workers=2", "total_frames=1e6", "exploration_frames=100", "episodes=10"]
+    args += ["replay_buffer.size=2e6", "logger.eval_interval=1e6", "collector.num_envs=10", "compile.enabled=false"]
+    runs_of = [tmp_path / "run" / name for name in ("gaussian-seed0", "pmoe-seed0")]
+
+    def written():
+        return [sorted(run.glob("checkpoints/checkpoint-*")) for run in runs_of]
+
+    with in_background("target_reaching", *small, *args, "hydra.run.dir=run", directory=tmp_path) as running:
+        wait_for(lambda: all(written()), running)
+        os.kill(running.pid, signal.SIGKILL)
+        running.communicate()
+        while processes_of(running.pid):
+            time.sleep(0.05)
+        _, err = running.communicate()
+    assert err.count("stopping: ") == 2
+    assert "Traceback" not in err
+    for run in runs_of:
+        frames = [int(row.split(",")[0]) for row in (run / "checkpoints.csv").read_text().splitlines()[1:]]
+        # the last one was written because of the signal, not because of its interval
+        _, checkpoint = resume.open_run(run)
+        assert int(checkpoint.name.split("-")[1]) == frames[-1]
