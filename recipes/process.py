@@ -117,7 +117,8 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     del kind, trace
-    complain(f"error: {_renderer_at_fault(error) or f'{describe(error)}; {keep_traceback(error)}'}")
+    line = _renderer_at_fault(error) or _place_at_fault(error) or f"{describe(error)}; {keep_traceback(error)}"
+    complain(f"error: {line}")
 
 
 def _renderer_at_fault(error: BaseException) -> str | None:
@@ -127,3 +128,12 @@ def _renderer_at_fault(error: BaseException) -> str | None:
     if given is None or not any(f"{os.sep}mujoco{os.sep}" in frame.f_code.co_filename for frame, _ in frames):
         return None
     return f"MUJOCO_GL={given}: must be egl, osmesa, glfw or disable, and installed ({describe(error)})"
+
+
+def _place_at_fault(error: BaseException) -> str | None:
+    """The line for a variable that names a place where nothing can be written (``TORCHINDUCTOR_CACHE_DIR``)."""
+    place = str(error.filename) if isinstance(error, OSError) and error.filename is not None else None
+    for name, value in os.environ.items():
+        if place is not None and name.endswith("_DIR") and value and place.startswith(value):
+            return f"{name}={value}: must be a directory that can be written ({os.strerror(error.errno)})"  # type: ignore[attr-defined]
+    return None

@@ -188,6 +188,15 @@ def test_the_imports_of_a_recipe_end_in_one_line_for_a_renderer_that_is_none(tmp
     assert line.startswith("error: MUJOCO_GL=nonsense: must be egl, osmesa, glfw or disable")
 
 
+def test_a_cache_of_the_compiler_that_cannot_be_written_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nope")
+    with pytest.raises(FileNotFoundError) as error:
+        os.makedirs("/proc/nope/triton")
+    process._unexpected(error.type, error.value, None)
+    expected = "error: TORCHINDUCTOR_CACHE_DIR=/proc/nope: must be a directory that can be written (No such file or"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 @pytest.mark.parametrize("recipe", ["sac_pmoe", "evaluate"])
 def test_an_interrupt_while_modules_are_imported_is_one_line(recipe, tmp_path):
     # a module that stands for PyTorch, of which a second is enough
