@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import secrets
 import sys
 import tempfile
 import traceback
@@ -49,6 +50,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 # --------------------------------------------------------------------------------------------- config
+
+
+# two runs may start in the same second; a text that stays the same within a command, as ${now:} does
+OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
 
 
 class UsageError(Exception):

@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import argparse
 import csv
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -49,13 +48,14 @@ from intervals import interquartile_mean
 from normalization import NormalizedPolicy
 from omegaconf import DictConfig, OmegaConf
 from policies import UNIMODAL, describe
-from resume import CHECKPOINTS, load_components, open_run, recipe_of
+from resume import CHECKPOINTS, load_components, open_run, owned, recipe_of
 from rules import device, integer
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.objectives import SoftUpdate
 
 from torchrl_pmoe.objectives import StackedLoss
+from torchrl_pmoe.runs import RunDirectory
 from torchrl_pmoe.trainers import NonFiniteError
 
 SEED_OFFSET = 4_000_000
@@ -388,20 +388,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             output = trained.directory / "evaluation"
             if _is_checkpoint(args.run):
                 output /= trained.checkpoint.name
-        place = next(path for path in (output, *output.parents) if path.exists())
-        if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise UsageError(f"--output={output}: must be a directory that can be written to")
+        if there := RunDirectory(output).outputs():
+            raise UsageError(f"--output={output}: must be a directory without a run, it has {', '.join(there)}")
         how = args.act or f"{trained.kind} as in the run's own evaluations"
-        print(describe(trained.cfg, trained.actor))
-        print(f"{trained.checkpoint.name}, agent of seed {trained.seed}, acting {how}")
-        reason = evaluate(
-            trained,
-            output,
-            number=args.episodes,
-            seed=trained.seed + SEED_OFFSET if args.seed is None else args.seed,
-            max_steps=args.max_steps or trained.cfg.logger.eval_max_steps,
-            video=args.video is not False,
-        )
+        with owned(output, f"--output={output}", "a directory that no other process uses"):
+            print(describe(trained.cfg, trained.actor))
+            print(f"{trained.checkpoint.name}, agent of seed {trained.seed}, acting {how}")
+            reason = evaluate(
+                trained,
+                output,
+                number=args.episodes,
+                seed=trained.seed + SEED_OFFSET if args.seed is None else args.seed,
+                max_steps=args.max_steps or trained.cfg.logger.eval_max_steps,
+                video=args.video is not False,
+            )
     except (UsageError, NonFiniteError) as error:
         process.complain(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,12 +17,17 @@ from typing import Any
 import common
 from common import Interrupted, UsageError, one_line_errors, prepare_torch, remove_empty
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.trainers import Trainer
 from yaml import YAMLError
 
+from torchrl_pmoe.runs import DirectoryInUseError, RunDirectory
 from torchrl_pmoe.trainers import VerifiedCheckpoint
 
 FORMAT = 3
@@ -59,6 +67,11 @@ def rotation(run: Path, keep: int = 1) -> CheckpointRotation:
     return CheckpointRotation(run / CHECKPOINTS, keep_last=keep)
 
 
+def run_of(path: Path) -> Path:
+    """The directory of a run, given that or one of its checkpoints."""
+    return path.parent.parent if path.parent.name == CHECKPOINTS else path
+
+
 def open_run(path: Path) -> tuple[DictConfig, Path]:
     """The config and the last checkpoint of a run, after a look at every byte of it.
 
@@ -69,7 +82,8 @@ def open_run(path: Path) -> tuple[DictConfig, Path]:
         UsageError: in one line, where it is no run, or a damaged one; an older checkpoint that is whole is named.
     """
     allowed = "the directory of a run, with its config.yaml and checkpoints"
-    run, given = (path.parent.parent, path) if path.parent.name == CHECKPOINTS else (path, None)
+    run = run_of(path)
+    given = None if run == path else path
     try:
         candidates = sorted((run / CHECKPOINTS).glob("checkpoint-*"), reverse=True) if given is None else [given]
         run.is_dir()
@@ -184,7 +198,7 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
     if recipe != here:
         raise UsageError(f"resume={cfg.resume}: must be a run of {here}.py, it is one of {recipe}.py")
     apply_changes(old, cfg)
-    old.resume = str(checkpoint)
+    old.resume = literal(str(checkpoint))
     return old
 
 
@@ -210,13 +224,64 @@ def apply_changes(old: DictConfig, cfg: DictConfig, changeable: tuple[str, ...] 
             )
 
 
-def run_directory(cfg: DictConfig) -> Path:
-    """Where a run keeps its records: Hydra's directory, or that of the run that goes on."""
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.resume is None:
-        return directory
-    remove_empty(directory)
-    return Path(cfg.resume).parent.parent
+@contextmanager
+def owned(directory: Path, named: str, allowed: str) -> Iterator[Path]:
+    """Own a directory, made where it is not there, as long as the body runs.
+
+    Args:
+        directory: that the body writes to.
+        named: the key and its value, for the line on what is wrong.
+        allowed: completes "<named>: must be ..." where another process owns it.
+
+    Raises:
+        UsageError: where another process owns it, or nothing can be written there.
+    """
+    with ExitStack() as stack:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                stack.enter_context(RunDirectory(directory).own())
+        except DirectoryInUseError as error:
+            raise UsageError(f"{named}: must be {allowed}; {error}") from error
+        except OSError as error:
+            raise UsageError(f"{named}: must be a directory that can be written to ({error.strerror})") from error
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr)
+        yield directory
+
+
+@contextmanager
+def own_run_directory(cfg: DictConfig, may_hold: Callable[[Path], bool] = lambda run: False) -> Iterator[Path]:
+    """Own the directory where a run keeps its records: Hydra's, or that of the run that goes on.
+
+    Args:
+        cfg: as composed.
+        may_hold: whether a new run may begin in a directory that holds one already; asked when it is owned.
+
+    Raises:
+        UsageError: where it cannot be owned, or a new run would write over what another has left.
+    """
+    output = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.resume is not None:
+        remove_empty(output)
+        run = run_of(Path(str(cfg.resume)))
+        with ExitStack() as stack:
+            # where there is none, a line of its own follows
+            if os.path.isdir(run):
+                stack.enter_context(owned(run, f"resume={cfg.resume}", "a run that no other process uses"))
+            yield run
+        return
+    shown = from_here(output)
+    key = "hydra.sweep.dir: " if HydraConfig.get().mode == RunMode.MULTIRUN else "hydra.run.dir="
+    with owned(output, f"{key}{shown}", "a directory that no other process uses"):
+        if (there := RunDirectory(output).outputs()) and not may_hold(output):
+            goes_on = f"; {resume_argument(output)} goes on with that run" if CHECKPOINTS in there else ""
+            raise UsageError(f"{key}{shown}: must be a directory without a run, it has {', '.join(there)}{goes_on}")
+        yield output
+
+
+def from_here(path: Path) -> str:
+    """A path as it is named from the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str] = MappingProxyType({})) -> Path | None:
@@ -252,10 +317,23 @@ def tidy(run: Path, checkpoint: Path) -> None:
 
 
 def command_to_resume(run: Path) -> str:
-    """What to type to go on with a run."""
-    where = str(run.relative_to(Path.cwd())) if run.is_relative_to(Path.cwd()) else str(run)
-    plain = re.fullmatch(r"[\w./+:-]+", where)
-    return f"python {sys.argv[0]} " + (f"resume={where}" if plain else shlex.quote(f"resume='{where}'"))
+    """What to type in a shell to go on with a run."""
+    return shlex.join(["python", sys.argv[0], resume_argument(run)])
+
+
+def resume_argument(run: Path) -> str:
+    """The override that goes on with a run, as Hydra reads it."""
+    where = from_here(run)
+    try:
+        plain = OverridesParser.create().parse_override(f"resume={where}").value() == where == literal(where)
+    except HydraException:
+        plain = False
+    return f"resume={where if plain else QuotedString(literal(where), Quote.single).with_quotes()}"
+
+
+def literal(text: str) -> str:
+    """A text for a config, in which nothing is taken for an interpolation."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def start_or_resume(
@@ -268,12 +346,11 @@ def start_or_resume(
         resolve: checks it and fills it in.
         train: one run, given its directory.
     """
-    with one_line_errors():
+    with one_line_errors(), own_run_directory(cfg) as run:
         if cfg.resume is not None:
             cfg = resumed_config(cfg)
         resolve(cfg)
         prepare_torch(cfg)
-        run = run_directory(cfg)
         try:
             train(cfg, run)
         except Interrupted as interrupted:

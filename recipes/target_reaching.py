@@ -36,7 +36,6 @@ import runs
 import sac_pmoe
 import torch
 from common import UsageError
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rules import Rule, choice, integer
@@ -262,14 +261,14 @@ def record_episodes(cfg: DictConfig, actor: ProbabilisticActor, episodes: int) -
 
 def train(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: int) -> None:
     """One training, and the record of its episodes and of the places it explored."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     common.prepare_torch(cfg)
-    trained = sac_pmoe.train(cfg, run_dir, make_env(cfg, cfg.collector.num_envs), only_if_unfinished=True)
-    visited = trained.buffer[:exploration_frames]["next", "observation"][:, :2].numpy()
-    recorded = record_episodes(cfg, trained.actor, episodes)
-    part = run_dir / "episodes.part.npz"
-    np.savez_compressed(part, visited=visited, **recorded)
-    part.replace(run_dir / "episodes.npz")
+    with resume.owned(run_dir, resume.from_here(run_dir), "a run that no other process uses"):
+        trained = sac_pmoe.train(cfg, run_dir, make_env(cfg, cfg.collector.num_envs), only_if_unfinished=True)
+        visited = trained.buffer[:exploration_frames]["next", "observation"][:, :2].numpy()
+        recorded = record_episodes(cfg, trained.actor, episodes)
+        part = run_dir / "episodes.part.npz"
+        np.savez_compressed(part, visited=visited, **recorded)
+        part.replace(run_dir / "episodes.npz")
 
 
 def finished(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: int) -> bool:
@@ -289,14 +288,38 @@ def finished(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: 
             f"{run_dir}: must hold config.yaml and episodes.npz as they were written, one is damaged; "
             "without episodes.npz it is made again"
         ) from error
-    for key in RULES:
-        then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
-        if then != now and not key.startswith(("resume", "device", *MAY_CHANGE)):
-            raise UsageError(f"{key}={now}: must be {then} in {run_dir.parent}, where {run_dir.name} had that")
+    _refuse_changes(before, cfg, run_dir)
     for key, now in (("episodes", episodes), ("exploration_frames", exploration_frames)):
         if had[key] != now:
             raise UsageError(f"{key}={now}: must be {had[key]} in {run_dir.parent}, where {run_dir.name} had that")
     return True
+
+
+def _refuse_changes(before: Any, cfg: DictConfig, run_dir: Path) -> None:
+    for key in RULES:
+        then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
+        if then != now and not key.startswith(("resume", "device", *MAY_CHANGE)):
+            raise UsageError(f"{key}={now}: must be {then} in {run_dir.parent}, where {run_dir.name} had that")
+
+
+def unfinished(cfg: DictConfig, configs: dict[str, DictConfig], directory: Path) -> dict[str, DictConfig]:
+    """The configs of the runs that are to be trained, from their last checkpoint where there is one.
+
+    Raises:
+        UsageError: if a run was begun with another config.
+    """
+    todo = {}
+    for name, run in configs.items():
+        if finished(run, directory / name, cfg.episodes, cfg.exploration_frames):
+            continue
+        run.logger.progress_bar = cfg.logger.progress_bar and cfg.num_workers == 1
+        run.resume = None
+        if any((directory / name / resume.CHECKPOINTS).glob("checkpoint-*")):
+            before, checkpoint = resume.open_run(directory / name)
+            _refuse_changes(before, run, directory / name)
+            run.resume = resume.literal(str(checkpoint))
+        todo[name] = run
+    return todo
 
 
 def _begin_worker() -> None:
@@ -332,16 +355,10 @@ def _train_in_worker(*args: Any) -> None:
 def train_all(cfg: DictConfig, configs: dict[str, DictConfig], directory: Path) -> None:
     """Train what is not finished, ``num_workers`` at a time."""
     args = (cfg.episodes, cfg.exploration_frames)
-    todo = {name: run for name, run in configs.items() if not finished(run, directory / name, *args)}
-    parallel = cfg.num_workers > 1
-    for name, run in todo.items():
-        run.logger.progress_bar = cfg.logger.progress_bar and not parallel
-        run.resume = None
-        if any((directory / name / resume.CHECKPOINTS).glob("checkpoint-*")):
-            _, checkpoint = resume.open_run(directory / name)
-            run.resume = str(checkpoint)
+    todo = unfinished(cfg, configs, directory)
+    runs.keep_config(cfg, directory)
     finished_before = len(configs) - len(todo)
-    if not parallel:
+    if cfg.num_workers == 1:
         for place, (name, run) in enumerate(todo.items(), finished_before + 1):
             print(f"run {place} of {len(configs)}: {name}")
             train(run, directory / name, *args)
@@ -379,30 +396,36 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
     Raises:
         UsageError: where there is none, or a key was given that must stay.
     """
-    try:
-        old = OmegaConf.load(Path(str(cfg.resume)) / "config.yaml")
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError):
-        old = None
-    if not isinstance(old, DictConfig) or "policies" not in old:
+    old = read_config(Path(str(cfg.resume)))
+    if old is None:
         raise UsageError(
             f"resume={cfg.resume}: must be the directory of a run of target_reaching.py, with its config.yaml"
         )
     resume.apply_changes(old, cfg, MAY_CHANGE)
-    old.resume = cfg.resume
+    old.resume = resume.literal(str(cfg.resume))
     return old
 
 
-def experiment(cfg: DictConfig) -> None:
+def is_experiment(directory: Path) -> bool:
+    """Whether a directory is that of a run of this recipe."""
+    return read_config(directory) is not None
+
+
+def read_config(directory: Path) -> DictConfig | None:
+    """The config of an experiment, ``None`` where there is none."""
+    try:
+        config = OmegaConf.load(directory / "config.yaml")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError):
+        return None
+    return config if isinstance(config, DictConfig) and "policies" in config else None
+
+
+def experiment(cfg: DictConfig, directory: Path) -> None:
     """Check the config, train, draw."""
     if cfg.resume is not None:
         cfg = resumed_config(cfg)
     configs = resolve_config(cfg)
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.resume is not None:
-        common.remove_empty(directory)
-        directory = Path(cfg.resume)
     common.prepare_torch(cfg)
-    runs.keep_config(cfg, directory)
     try:
         train_all(cfg, configs, directory)
     except common.Interrupted as interrupted:
@@ -415,8 +438,8 @@ def experiment(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="config", config_name="target_reaching")
 def main(cfg: DictConfig) -> None:
     """Check the config, train, draw."""
-    with common.one_line_errors():
-        experiment(cfg)
+    with common.one_line_errors(), resume.own_run_directory(cfg, may_hold=is_experiment) as directory:
+        experiment(cfg, directory)
 
 
 if __name__ == "__main__":

@@ -473,11 +473,42 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_last_checkpoint_whole(tmp_
     assert timeless_rows(tmp_path / "run") == timeless_rows(tmp_path / "alone")
 
 
-def test_a_path_that_needs_it_is_quoted(monkeypatch, tmp_path):
+AWKWARD = [
+    "run",
+    "bob's run",
+    "a b=c",
+    "a,b",
+    "[a]",
+    "{a:b}",
+    "-a",
+    "5",
+    "null",
+    "1e-3",
+    "é漢",
+    "a\\b",
+    "a\\'",
+    "${a}",
+    "\\${",
+    "x(1)",
+]
+
+
+@pytest.mark.parametrize("name", [*AWKWARD, "\"'`$~!*?;&|<>#%^"])
+def test_the_command_that_goes_on_names_the_directory_whatever_its_name(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["my recipes/sac_pmoe.py"])
+    # what the shell makes of it, then Hydra, then OmegaConf
+    told = resume.command_to_resume(tmp_path / name)
+    shell = subprocess.run(["sh", "-c", f"printf '%s\\n' {told}"], capture_output=True, text=True, check=True)
+    python, script, argument = shell.stdout.splitlines()
+    assert (python, script) == ("python", "my recipes/sac_pmoe.py")
+    assert recipe_runs.composed(sac_pmoe, argument).resume == name
+
+
+def test_a_plain_path_is_not_quoted(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["recipes/sac_pmoe.py"])
-    assert resume.command_to_resume(tmp_path / "run") == "python recipes/sac_pmoe.py resume=run"
-    assert resume.command_to_resume(tmp_path / "a b=c") == "python recipes/sac_pmoe.py 'resume='\"'\"'a b=c'\"'\"''"
+    assert resume.command_to_resume(tmp_path / "a" / "run-1") == "python recipes/sac_pmoe.py resume=a/run-1"
 
 
 # ----------------------------------------------------------------------------------------- bad numbers

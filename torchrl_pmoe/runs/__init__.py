@@ -1,0 +1,5 @@
+"""A run on disk."""
+
+from torchrl_pmoe.runs.directory import DirectoryInUseError, RunDirectory
+
+__all__ = ["DirectoryInUseError", "RunDirectory"]
