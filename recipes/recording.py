@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,38 +95,38 @@ class RunRecorder:
         return {"frames": frames, "wall_seconds": round(wall, 2), "frames_per_second": round(speed, 1)}
 
     def resume(self, frames: int) -> None:
-        """Go on with an earlier ``metrics.csv`` after ``frames`` frames; rows beyond them are dropped."""
+        """Go on with an earlier ``metrics.csv`` after ``frames`` frames.
+
+        Rows beyond them are dropped, and a last row that a kill has torn; everything else stays, known or not.
+        """
         self._mark = (frames, 0.0)
-        if not self.path.is_file():
+        header, rows = read_table(self.path) if self.path.is_file() else ([], [])
+        if not header:
             return
-        rows = read_rows(self.path)
-        if not self.path.read_bytes().endswith(b"\n"):
-            # torn: its last number may lack digits
-            rows = rows[:-1]
-        whole = [row for row in rows if _is_whole(row)]
-        kept = [row for row in whole if int(row["frames"]) <= frames]
-        if not kept:
-            return
-        self._fields = list(kept[0])
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._fields)
-        writer.writeheader()
-        writer.writerows(kept)
-        replace(self.path, text.getvalue())
-        self.last = {name: float(value) for name, value in kept[-1].items() if value}
+        place = header.index("frames")
+        rows = [row for row in rows if (_number(row, place) or 0) <= frames]
+        self._fields = header
+        _write_table(self.path, [header, *rows])
+        known = [row for row in rows if _number(row, place) is not None]
+        if known:
+            cells = ((name, _number(known[-1], index)) for index, name in enumerate(header))
+            self.last = {name: value for name, value in cells if value is not None}
         self._start -= self.last.get("wall_seconds", 0.0)
         self._paused += self.last.get("wall_seconds", 0.0)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append a row; the first one fixes the columns."""
+        """Append a row; columns that the file does not have yet are added to it."""
+        new = [name for name in row if name not in self._fields]
+        if new:
+            before = read_table(self.path)[1] if self._fields else []
+            widths = [len(self._fields) - len(cells) for cells in before]
+            padded = [[*cells, *[""] * (width + len(new))] for cells, width in zip(before, widths, strict=True)]
+            self._fields = [*self._fields, *new]
+            _write_table(self.path, [self._fields, *padded])
         text = io.StringIO(newline="")
-        writer, mode = csv.writer(text), "a"
-        if not self._fields:
-            self._fields, mode = list(row), "w"
-            writer.writerow(self._fields)
-        writer.writerow([_cell(row.get(name)) for name in self._fields])
+        csv.writer(text).writerow([_cell(row.get(name)) for name in self._fields])
         # in one go: a row is there or not
-        with self.path.open(mode, newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(text.getvalue())
         self.last = dict(row)
 
@@ -151,27 +151,61 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
-def _is_whole(row: dict[str, str]) -> bool:
-    """Whether every cell is there (csv gives None for the last ones of a torn row), and a number or empty."""
+def _number(row: Sequence[str], place: int) -> float | None:
+    """The number in a cell, ``None`` where there is none."""
     try:
-        for value in row.values():
-            float("nan" if value == "" else value)
-        return row["frames"].isdigit()
-    except (KeyError, TypeError, ValueError):
-        return False
+        number = float(row[place])
+    except (IndexError, ValueError):
+        return None
+    return None if math.isnan(number) else number
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv`` as they stand there."""
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        # before Python 3.11, csv refuses a file with a zero byte, as a loss of power leaves them
-        return list(csv.DictReader(line.replace("\0", "\ufffd") for line in file))
+def unreadable(path: Path) -> str | None:
+    """Why a run cannot go on with a ``metrics.csv``, if it cannot."""
+    try:
+        header, rows = read_table(path)
+    except (OSError, csv.Error) as error:
+        return f"cannot be read ({error})"
+    if (header or rows) and "frames" not in header:
+        return f"must have a column frames, and commas between its columns; it begins with {','.join(header)[:60]!r}"
+    return None
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a ``metrics.csv`` as they stand there, but for a last row that a kill has torn.
+
+    Both are empty where not even the header is whole.
+    """
+    # a byte-order mark is what some editors put before it
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "\ufffd")
+    if "\n" not in text:
+        return [], []
+    with io.StringIO(text, newline="") as file:
+        header, *rows = csv.reader(file)
+    if rows and _is_torn(header, rows[-1], ended=text.endswith("\n")):
+        rows.pop()
+    return header, rows
+
+
+def _is_torn(header: Sequence[str], row: Sequence[str], *, ended: bool) -> bool:
+    """Whether a last row is the beginning of one, perhaps with what a loss of power has put behind it."""
+    damaged = any("\ufffd" in cell for cell in row)
+    ours = not row or not row[0] or row[0][0].isdigit() or damaged
+    return ours and (damaged or not ended or len(row) < len(header))
+
+
+def _write_table(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    replace(path, text.getvalue())
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a ``metrics.csv``; an empty cell is nan."""
-    rows = read_rows(path)
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    """The columns of a ``metrics.csv``; a cell without a number is nan, a row without frames is left out."""
+    header, rows = read_table(path)
+    rows = [row for row in rows if _number(row, header.index("frames")) is not None]
+    cells = [[_number(row, place) for row in rows] for place in range(len(header))]
+    return {name: np.array(column, dtype=float) for name, column in zip(header, cells, strict=True)}
 
 
 def plot_run(path: Path, title: str) -> Path:

@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from recording import unreadable
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.trainers import Trainer
 from yaml import YAMLError
@@ -301,6 +302,10 @@ def checkpoint_to_resume(cfg: DictConfig, needed: Mapping[str, str] = MappingPro
     for component, words in needed.items():
         if component not in held:
             raise UsageError(f"resume={cfg.resume}: must hold {words}; {path.name} has no {component}")
+    run = run_of(path)
+    for record in (run / "metrics.csv", *sorted(run.glob("seed[0-9]*/metrics.csv"))):
+        if record.exists() and (why := unreadable(record)) is not None:
+            raise UsageError(f"resume={cfg.resume}: {record} {why}")
     return path
 
 

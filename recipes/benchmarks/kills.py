@@ -11,9 +11,11 @@ cache to survive: this is about processes that die, not about power cuts.
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from time import monotonic, sleep
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recording import CLOCKS, read_rows
+from recording import CLOCKS
 from rounds import at_least_one, command_line, print_table, stop, write_csv
 from torchrl.checkpoint import CheckpointError
 from tqdm import tqdm
@@ -111,6 +113,8 @@ def kill_once(recipe: str, run: Path, args: list[str], aim: str, longest: float,
         RuntimeError: if what is left is not what it must be.
     """
     before = whole_checkpoints(run)
+    if not before:
+        shutil.rmtree(run, ignore_errors=True)  # a new run does not begin in what another has left
     process = start(recipe, *([f"resume={run}"] if before else [*args, f"hydra.run.dir={run}"]))
     began = monotonic()
     # the moment counts from the first sign of life: imports and the like take seconds
@@ -139,6 +143,12 @@ def kill_once(recipe: str, run: Path, args: list[str], aim: str, longest: float,
         raise RuntimeError(f"the newest checkpoint was {before[-1]}, is {frames[-1:]}")
     newest = frames[-1] if frames else 0
     return Kill(aim, seconds, before[-1] if before else 0, newest, bool(half_checkpoints(run)), len(rows))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows as they stand there."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def timeless(run: Path) -> list[dict[str, str]]:

@@ -18,8 +18,6 @@ import recipe_runs
 import torch
 from recipe_runs import assert_one_line, common, in_background, start, timeless_rows, wait_for
 
-from recording import RunRecorder  # isort: skip
-
 import dac  # isort: skip
 import ppo_pmoe  # isort: skip
 import resume  # isort: skip
@@ -357,13 +355,6 @@ def test_a_pipe_in_a_checkpoint_does_not_hang(finished, tmp_path):
     os.mkfifo(state)
     with pytest.raises(common.UsageError, match=r"rng/state\.pt is missing"):
         resume.open_run(tmp_path / "run")
-
-
-def test_bytes_that_are_no_text_are_dropped_from_a_record_that_goes_on(tmp_path):
-    (tmp_path / "metrics.csv").write_bytes(b"frames,return_mean\n10,1.5\n20,\xff\xfe\n30,2.5\n")
-    recorder = RunRecorder(tmp_path, "title")
-    recorder.resume(100)
-    assert [row["frames"] for row in recipe_runs.rows(tmp_path)] == ["10", "30"]
 
 
 @pytest.mark.parametrize("value", ["5", "nowhere"])
