@@ -18,7 +18,7 @@ import numpy as np
 import process
 import resume
 import torch
-from common import Interrupted, RunError, UsageError, cause, last_words, make_gym, raw_action_policy
+from common import Interrupted, RunError, UsageError, cause, last_words, leaves, make_gym, raw_action_policy
 from omegaconf import DictConfig, OmegaConf
 from recording import CheckpointLog, RunRecorder, replace
 from tensordict import TensorDict, TensorDictBase
@@ -32,13 +32,14 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import LossModule, TargetNetUpdater
-from torchrl.record.loggers import get_logger
+from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
 from torchrl_pmoe import NormalMixture
 from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.envs import EpisodeState
 from torchrl_pmoe.envs.simulators import generator_state, load_generator_state
+from torchrl_pmoe.runs import run_logger
 from torchrl_pmoe.trainers import (
     ExpertCollapse,
     FiniteBatch,
@@ -401,6 +402,30 @@ def build_collector(
     )
 
 
+@contextmanager
+def build_logger(cfg: DictConfig, run_dir: Path) -> Iterator[Logger | None]:
+    """The logger that ``logger.backend`` names, beside ``metrics.csv``; ``None`` without one.
+
+    Raises:
+        UsageError: where it cannot be opened.
+    """
+    if cfg.logger.backend is None:
+        yield None
+        return
+    hparams = {key: value for key, value in leaves(cfg) if key != "resume"}
+    with ExitStack() as stack:
+        try:
+            logger = stack.enter_context(
+                run_logger(cfg.logger.backend, run_dir, project=cfg.logger.project_name, hparams=hparams)
+            )
+        # services of other people raise what they like
+        except Exception as error:
+            raise UsageError(
+                f"logger.backend={cfg.logger.backend}: must be one that can be written to ({process.describe(error)})"
+            ) from error
+        yield logger
+
+
 def build_trainer(
     cfg: DictConfig,
     run_dir: Path,
@@ -535,12 +560,6 @@ def train_and_record(
     received: list[int] = []
     evaluator = build_evaluator(cfg, policy, cfg.seed, lambda: bool(received))
     recorder = RunRecorder(run_dir, title=f"{algorithm}, {cfg.policy}, {cfg.env}, seed {cfg.seed}")
-    logger = get_logger(
-        cfg.logger.backend or "",
-        str(run_dir / "logs"),
-        run_dir.resolve().name,
-        **{f"{cfg.logger.backend}_kwargs": {"project": cfg.logger.project_name}},
-    )
 
     def measure() -> list[dict[str, float]]:
         stepper.check()
@@ -569,18 +588,21 @@ def train_and_record(
             return
         on_resume()
         evaluation.resume(trainer.collected_frames)
-    keep_config(cfg, run_dir)
 
     def status() -> dict[str, str]:
         entropy = stepper.means().get("routing_entropy", recorder.last.get("routing_entropy"))
         shown = {"return": recorder.last.get("return_mean"), "routing entropy": entropy}
         return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
 
-    announce(cfg, about, updates)
-    bar = ProgressBar(cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar)
-    bar.register(trainer)
-    with closing(bar), closing(evaluation):
-        run_to_the_end(trainer, run_dir, evaluation, received)
+    with closing(evaluation), build_logger(cfg, run_dir) as logger:
+        keep_config(cfg, run_dir)
+        announce(cfg, about, updates)
+        bar = ProgressBar(
+            cfg.total_frames, status, initial=trainer.collected_frames, disable=not cfg.logger.progress_bar
+        )
+        bar.register(trainer)
+        with closing(bar):
+            run_to_the_end(trainer, run_dir, evaluation, received)
     if cfg.on_nonfinite == "skip":
         print(f"left out: {stepper.skipped} updates")
 
@@ -696,4 +718,4 @@ def what_is_left(run_dir: Path) -> str:
     last = resume.rotation(run_dir).latest()
     if last is None:
         return "there is no checkpoint yet"
-    return f"{last.name} is whole: {resume.command_to_resume(run_dir)}"
+    return f"{last.name} is whole; {resume.how_to_go_on(run_dir)}"
