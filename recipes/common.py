@@ -75,7 +75,7 @@ class Interrupted(Exception):
     def __init__(self, number: int, where: str) -> None:
         super().__init__(number, where)
         self.number, self.where = number, where
-        self.command = ""
+        self.advice = ""
 
 
 RULES: dict[str, Rule] = {
@@ -282,7 +282,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
-        _stop(f"stopped {stop.where}; goes on with: {stop.command}", 128 + stop.number)
+        _stop(f"stopped {stop.where}; {stop.advice}", 128 + stop.number)
     except (Exception, KeyboardInterrupt) as error:
         # a tensordict's context manager answers an interrupt with an error of its own
         if KeyboardInterrupt in (type(error), type(error.__context__)):

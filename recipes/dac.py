@@ -49,6 +49,7 @@ _NOT_HERE = (
 )
 RULES: dict[str, Rule] = {
     **{key: rule for key, rule in ppo_pmoe.RULES.items() if key in _SHARED or ("." in key and key not in _NOT_HERE)},
+    "recipe": choice("dac"),
     "policy": choice("dac"),
     "num_options": integer(1, 1024),
     "loss.high_entropy_coeff": number(at_least=0),

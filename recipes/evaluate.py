@@ -48,7 +48,7 @@ from intervals import interquartile_mean
 from normalization import NormalizedPolicy
 from omegaconf import DictConfig, OmegaConf
 from policies import UNIMODAL, describe
-from resume import CHECKPOINTS, load_components, open_run, owned, recipe_of
+from resume import CHECKPOINTS, load_components, open_run, owned
 from rules import device, integer
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
@@ -107,7 +107,9 @@ def load(path: Path, *, agent: int | None = None, act: str | None = None, on: st
     # no frames are collected here: packages and processes of another backend are not needed
     for key, value in {"device": on, "collector.num_envs": 1, "collector.backend": "serial"}.items():
         OmegaConf.update(cfg, key, value)
-    recipe: Any = RECIPES[recipe_of(cfg)]
+    if cfg.recipe not in RECIPES:
+        raise UsageError(f"{run}: must be a run of {', '.join(RECIPES)}, it is one of {cfg.recipe}")
+    recipe: Any = RECIPES[cfg.recipe]
     try:
         common.check_config(cfg, recipe.RULES)
         kind = _kind(cfg, act)

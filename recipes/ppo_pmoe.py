@@ -47,6 +47,7 @@ from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
 RULES: dict[str, Rule] = {
     **common.RULES,
+    "recipe": choice("ppo_pmoe"),
     "scoring": either(choice("responsibility", "frequency", "critic"), None),
     "routing": either(choice("frequency", "soft_frequency", "score_function", "marginal", "none"), None),
     "actions": choice("unbounded", "bounded"),

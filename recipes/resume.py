@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from recording import unreadable
+from recording import replace, unreadable
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.trainers import Trainer
 from yaml import YAMLError
@@ -55,7 +54,9 @@ def metadata(cfg: DictConfig) -> Callable[[Trainer], dict[str, Any]]:
 
 
 def recipe_of(config: DictConfig) -> str:
-    """The recipe that a resolved config belongs to."""
+    """The recipe that a resolved config belongs to; before a config told it, its keys did."""
+    if isinstance(config.get("recipe"), str):
+        return config.recipe
     if "policies" in config:
         return "target_reaching"
     if "num_options" in config:
@@ -104,6 +105,7 @@ def open_run(path: Path) -> tuple[DictConfig, Path]:
         raise UsageError(f"{path}: must hold a whole checkpoint; {error}; {offer}") from error
     config = about["config"]
     _refuse_other_config(run, checkpoint, config)
+    config.recipe = recipe_of(config)
     return config, checkpoint
 
 
@@ -195,9 +197,8 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
         old, checkpoint = open_run(Path(cfg.resume))
     except UsageError as error:
         raise UsageError(f"resume={error}") from error
-    recipe, here = recipe_of(old), HydraConfig.get().job.name
-    if recipe != here:
-        raise UsageError(f"resume={cfg.resume}: must be a run of {here}.py, it is one of {recipe}.py")
+    if old.recipe != cfg.recipe:
+        raise UsageError(f"resume={cfg.resume}: must be a run of {cfg.recipe}.py, it is one of {old.recipe}.py")
     apply_changes(old, cfg)
     old.resume = literal(str(checkpoint))
     return old
@@ -239,14 +240,11 @@ def owned(directory: Path, named: str, allowed: str) -> Iterator[Path]:
     """
     with ExitStack() as stack:
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                stack.enter_context(RunDirectory(directory).own())
+            stack.enter_context(RunDirectory(directory).own())
         except DirectoryInUseError as error:
             raise UsageError(f"{named}: must be {allowed}; {error}") from error
         except OSError as error:
             raise UsageError(f"{named}: must be a directory that can be written to ({error.strerror})") from error
-        for warning in caught:
-            print(f"warning: {warning.message}", file=sys.stderr)
         yield directory
 
 
@@ -278,6 +276,41 @@ def own_run_directory(cfg: DictConfig, may_hold: Callable[[Path], bool] = lambda
             goes_on = f"; {resume_argument(output)} goes on with that run" if CHECKPOINTS in there else ""
             raise UsageError(f"{key}{shown}: must be a directory without a run, it has {', '.join(there)}{goes_on}")
         yield output
+
+
+@contextmanager
+def own_scratch(cfg: DictConfig, run: Path) -> Iterator[None]:
+    """Own ``replay_buffer.scratch_dir``, where there is one, for a run: empty at its start, its own when it goes on.
+
+    Args:
+        cfg: a resolved config.
+        run: its directory.
+
+    Raises:
+        UsageError: where it holds something else, is another run's, or cannot be written to.
+    """
+    scratch = OmegaConf.select(cfg, "replay_buffer.scratch_dir")
+    if scratch is None:
+        yield
+        return
+    named = f"replay_buffer.scratch_dir={scratch}"
+    with owned(Path(scratch), named, "a directory that no other process uses") as directory:
+        note = directory / ".run"
+        ours = {note.name, RunDirectory.LOCK}
+        owner = Path(note.read_text(encoding="utf-8")) if note.is_file() else run.absolute()
+        if cfg.resume is None:
+            if {path.name for path in directory.iterdir()} - ours:
+                raise UsageError(f"{named}: must be empty or not there")
+        # that of a run that was moved has no other owner
+        elif owner != run.absolute() and owner.is_dir():
+            raise UsageError(f"{named}: must be that of the run that goes on, it is that of {owner}")
+        replace(note, str(run.absolute()))
+        try:
+            yield
+        finally:
+            # a run that was refused leaves nothing
+            if {path.name for path in directory.iterdir()} <= ours:
+                note.unlink()
 
 
 def from_here(path: Path) -> str:
@@ -321,6 +354,14 @@ def tidy(run: Path, checkpoint: Path) -> None:
             print(f"{path} is of a later frame: now {aside.name}")
 
 
+def how_to_go_on(run: Path) -> str:
+    """What to type in a shell to go on with a run that has a checkpoint, or why it cannot go on."""
+    config = OmegaConf.load(run / "config.yaml")
+    if OmegaConf.select(config, "checkpoint.replay_buffer") is False:
+        return "it cannot go on, with checkpoint.replay_buffer=false a checkpoint is without what that takes"
+    return f"goes on with: {command_to_resume(run)}"
+
+
 def command_to_resume(run: Path) -> str:
     """What to type in a shell to go on with a run."""
     return shlex.join(["python", sys.argv[0], resume_argument(run)])
@@ -357,7 +398,8 @@ def start_or_resume(
         resolve(cfg)
         prepare_torch(cfg)
         try:
-            train(cfg, run)
+            with own_scratch(cfg, run):
+                train(cfg, run)
         except Interrupted as interrupted:
-            interrupted.command = command_to_resume(run)
+            interrupted.advice = how_to_go_on(run)
             raise

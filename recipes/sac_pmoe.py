@@ -55,6 +55,7 @@ from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
 RULES: dict[str, Rule] = {
     **common.RULES,
+    "recipe": choice("sac_pmoe"),
     "scoring": either(choice("critic", "gradient"), None),
     "routing": either(
         choice("frequency", "soft_frequency", "gumbel_softmax", "score_function", "marginal", "none"), None
@@ -336,15 +337,6 @@ def build_replay_buffer(cfg: DictConfig, device: torch.device | str = "cpu") -> 
         device: of the steps, where they are kept in memory.
     """
     size, scratch_dir = cfg.replay_buffer.size, cfg.replay_buffer.scratch_dir
-    if scratch_dir is not None:
-        try:
-            Path(scratch_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"replay_buffer.scratch_dir={scratch_dir}: must be a directory that can be written ({error.strerror})"
-            ) from error
-        if cfg.resume is None and any(Path(scratch_dir).iterdir()):
-            raise UsageError(f"replay_buffer.scratch_dir={scratch_dir}: must be empty or not there")
     storage: LazyTensorStorage = (
         LazyTensorStorage(size, device=device)
         if scratch_dir is None

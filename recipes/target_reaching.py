@@ -79,6 +79,7 @@ def names() -> Rule:
 
 
 OWN_RULES: dict[str, Rule] = {
+    "recipe": choice("target_reaching"),
     "env": choice(ENV),
     "policies": names(),
     "num_seeds": integer(1),
@@ -138,7 +139,9 @@ def resolve_config(cfg: DictConfig) -> dict[str, DictConfig]:
                 run.pop(key)
             for key, value in POLICIES[name].items():
                 OmegaConf.update(run, key, value)
-            run.seed, run.num_seeds = seed, 1
+            run.recipe, run.seed, run.num_seeds = "sac_pmoe", seed, 1
+            if run.replay_buffer.scratch_dir is not None:
+                run.replay_buffer.scratch_dir = f"{run.replay_buffer.scratch_dir}/{name}-seed{seed}"
             if run.policy != "gating":
                 run.blend = "parameters"
             sac_pmoe.resolve_config(run)
@@ -262,7 +265,8 @@ def record_episodes(cfg: DictConfig, actor: ProbabilisticActor, episodes: int) -
 def train(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: int) -> None:
     """One training, and the record of its episodes and of the places it explored."""
     common.prepare_torch(cfg)
-    with resume.owned(run_dir, resume.from_here(run_dir), "a run that no other process uses"):
+    named = resume.from_here(run_dir)
+    with resume.owned(run_dir, named, "a run that no other process uses"), resume.own_scratch(cfg, run_dir):
         trained = sac_pmoe.train(cfg, run_dir, make_env(cfg, cfg.collector.num_envs), only_if_unfinished=True)
         visited = trained.buffer[:exploration_frames]["next", "observation"][:, :2].numpy()
         recorded = record_episodes(cfg, trained.actor, episodes)
@@ -298,7 +302,7 @@ def finished(cfg: DictConfig, run_dir: Path, episodes: int, exploration_frames: 
 def _refuse_changes(before: Any, cfg: DictConfig, run_dir: Path) -> None:
     for key in RULES:
         then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
-        if then != now and not key.startswith(("resume", "device", *MAY_CHANGE)):
+        if then != now and not key.startswith(("recipe", "resume", "device", *MAY_CHANGE)):
             raise UsageError(f"{key}={now}: must be {then} in {run_dir.parent}, where {run_dir.name} had that")
 
 
@@ -417,7 +421,10 @@ def read_config(directory: Path) -> DictConfig | None:
         config = OmegaConf.load(directory / "config.yaml")
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError):
         return None
-    return config if isinstance(config, DictConfig) and "policies" in config else None
+    if not isinstance(config, DictConfig) or resume.recipe_of(config) != "target_reaching":
+        return None
+    config.recipe = "target_reaching"
+    return config
 
 
 def experiment(cfg: DictConfig, directory: Path) -> None:
@@ -429,7 +436,7 @@ def experiment(cfg: DictConfig, directory: Path) -> None:
     try:
         train_all(cfg, configs, directory)
     except common.Interrupted as interrupted:
-        interrupted.command = resume.command_to_resume(directory)
+        interrupted.advice = resume.how_to_go_on(directory)
         raise
     task = make_env(cfg, 1).task
     print(routes_report.report(directory, list(configs), task, cfg.exploration_frames))

@@ -13,6 +13,7 @@ them go to ``--output``, and the picture beside it is drawn over the published c
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,9 @@ class Cell:
         """Train in a process of its own, its output in ``output.log``; its exit status."""
         run = self.directory(work)
         run.parent.mkdir(parents=True, exist_ok=True)
+        if self.library == OURS and not any((run / "checkpoints").glob("checkpoint-*")):
+            # a new run does not begin in what another has left
+            shutil.rmtree(run, ignore_errors=True)
         with run.with_suffix(".log").open("a") as log:
             return subprocess.run(self.command(work), stdout=log, stderr=log, check=False).returncode
 

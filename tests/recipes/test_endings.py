@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,37 +34,12 @@ SMALL = [
 ]
 
 
-@pytest.fixture
-def launch(monkeypatch, tmp_path, capfd):
-    """A recipe as its command starts it, but in this process: its exit status and the lines on stderr."""
-    handlers = {number: signal.getsignal(number) for number in process.endings()}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "sweep", common.Sweep())
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-
-    def run(recipe, *args):
-        script = str(RECIPES / f"{recipe}.py")
-        monkeypatch.setattr(sys, "argv", [script, *args])
-        try:
-            runpy.run_path(script, run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, capfd.readouterr().err.splitlines()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def test_what_nobody_has_foreseen_is_one_line_with_the_traceback_in_a_file(launch, tmp_path):
     status, lines = launch("sac_pmoe", *SMALL, "env=recipe_envs:Breaks-v0", "hydra.run.dir=run")
     assert status == 1
     assert lines == [
         "error: frame 330: ValueError: the hinge broke: no more steps (the traceback is in run/error.log); "
-        "the run stops here, checkpoint-000000000300 is whole: "
+        "the run stops here, checkpoint-000000000300 is whole; goes on with: "
         f"python {RECIPES / 'sac_pmoe.py'} resume=run"
     ]
     kept = (tmp_path / "run" / "error.log").read_text()

@@ -456,7 +456,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_last_checkpoint_whole(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     line = str(error.value)
     assert "checkpoint-000000000150 could not be written: File too large; the run stops here" in line
-    assert "checkpoint-000000000100 is whole: " in line
+    assert "checkpoint-000000000100 is whole; goes on with: " in line
     assert "\n" not in line
     monkeypatch.undo()
     assert resume.open_run(tmp_path / "run")[1].name == "checkpoint-000000000100"

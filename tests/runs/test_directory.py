@@ -22,9 +22,12 @@ spec = importlib.util.spec_from_file_location("directory", {directory.__file__!r
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 with module.RunDirectory(sys.argv[1]).own():
+    read, write = os.pipe()
     children = [subprocess.Popen(["sleep", "600"], close_fds=False).pid, os.fork()]
     if not children[-1]:
+        os.write(write, b"begun")
         time.sleep(600)
+    os.read(read, 5)
     print(*children, flush=True)
     time.sleep(600)
 """
