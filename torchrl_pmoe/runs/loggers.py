@@ -60,6 +60,7 @@ def run_logger(
             identity = logger.experiment.info.run_id
         elif backend == "trackio":
             name = logger.experiment.name
+        directory.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".partial")
         part.write_text(json.dumps({**records, backend: {"name": name, "id": identity}}), encoding="utf-8")
         part.replace(file)
