@@ -114,8 +114,8 @@ class RowLinear(nn.Module):
         self.weight = nn.Parameter(torch.stack(rows))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[R, N, in_features]`` to ``[R, N, out_features]``."""
-        return torch.baddbmm(self.weight[:, -1:], x, self.weight[:, :-1])
+        """``[*L, R, N, in_features]`` to ``[*L, R, N, out_features]``."""
+        return x @ self.weight[:, :-1] + self.weight[:, -1:]
 
 
 class LearnedValue(nn.Module):
@@ -133,8 +133,8 @@ class LearnedValue(nn.Module):
         )
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Value ``[R, *B, 1]`` of ``action`` ``[R, *B, A]``; the first dimension is the row, observed or not."""
-        return self.layers(action.flatten(1, -2)).unflatten(1, action.shape[1:-1])
+        """Value ``[*L, R, N, 1]`` of ``action`` ``[*L, R, N, A]``: what comes before the rows are experts and draws."""
+        return self.layers(action)
 
 
 class Learner(NamedTuple):
