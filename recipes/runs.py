@@ -667,10 +667,12 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, evaluation: Evaluation, rece
             # a tensordict's context manager answers an interrupt with an error of its own
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise
+            # before the collector lets go of the environment, whose processes may have said what went wrong
+            told = what_ended(error, trainer, run_dir)
             with suppress(Exception):
                 # its processes, where the next job of a sweep has its own
                 trainer.collector.shutdown()
-            raise RunError(f"{what_ended(error, trainer, run_dir)}, {what_is_left(run_dir)}") from error
+            raise RunError(f"{told}, {what_is_left(run_dir)}") from error
         finally:
             try:
                 evaluation.plot()
