@@ -47,6 +47,7 @@ class RunDirectory:
         "checkpoints.csv",
         "learning_curve.png",
         "logs",
+        "logger.json",
         "seed[0-9]*",
         "episodes.npz",
         "routes.csv",
