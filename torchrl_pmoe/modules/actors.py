@@ -142,7 +142,8 @@ class PMOEActor(ExpertsActor):
 
     Raises:
         ValueError: for fewer than one expert, a spec that is not a box of finite bounds, ``router`` beside
-            ``network``, or an unknown option.
+            ``network``, or a value that an option cannot have.
+        TypeError: for an unknown option.
 
     Examples:
         >>> actor = PMOEActor(4, spec=Bounded(-1, 1, (6,)), in_features=17)
