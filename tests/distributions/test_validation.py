@@ -89,10 +89,10 @@ DRAWS = {
     "rsample": lambda dist: dist.rsample(),
     "rsample_and_log_prob": lambda dist: dist.rsample_and_log_prob()[0],
     "sample_and_log_prob": lambda dist: dist.sample_and_log_prob()[0],
-    "rsample_experts": lambda dist: dist.rsample_experts()[0].amax(1),
+    "rsample_experts": lambda dist: dist.rsample_experts()[0],
     "redraw": lambda dist: dist.propose().redraw(dist.sample_expert())[0],
     "mode": lambda dist: dist.mode,
-    "expert_mode": lambda dist: dist.expert_mode.amax(1),
+    "expert_mode": lambda dist: dist.expert_mode,
     "mean": lambda dist: dist.mean,
 }
 
