@@ -659,6 +659,8 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, evaluation: Evaluation, rece
         RunError: in one line, for any other end; the last checkpoint stays whole.
     """
     trainer.checkpoint.on_saved = log = CheckpointLog(run_dir)
+    # a collector that is shut down lets go of it, and its processes may have said what went wrong
+    env = trainer.collector.env
     undrawn = None
     with finish_on_signal(trainer, received):
         try:
@@ -667,12 +669,10 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, evaluation: Evaluation, rece
             # a tensordict's context manager answers an interrupt with an error of its own
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise
-            # before the collector lets go of the environment, whose processes may have said what went wrong
-            told = what_ended(error, trainer, run_dir)
             with suppress(Exception):
                 # its processes, where the next job of a sweep has its own
                 trainer.collector.shutdown()
-            raise RunError(f"{told}, {what_is_left(run_dir)}") from error
+            raise RunError(f"{what_ended(error, trainer, env, run_dir)}, {what_is_left(run_dir)}") from error
         finally:
             try:
                 evaluation.plot()
@@ -697,7 +697,7 @@ def _train(trainer: Trainer, evaluation: Evaluation, received: list[int]) -> Non
     trainer.collector.shutdown()
 
 
-def what_ended(error: Exception, trainer: Trainer, run_dir: Path) -> str:
+def what_ended(error: Exception, trainer: Trainer, env: EnvBase, run_dir: Path) -> str:
     """Why a training could not go on, in one line; the traceback of what nobody has foreseen is kept."""
     if isinstance(error, NonFiniteError):
         return str(error)
@@ -706,7 +706,7 @@ def what_ended(error: Exception, trainer: Trainer, run_dir: Path) -> str:
     elif isinstance(error, CheckpointError):
         reason = str(error)
     else:
-        if (told := last_words(trainer.collector.env)) is not None:
+        if (told := last_words(env)) is not None:
             line, trace = told
             error.__cause__ = RuntimeError(f"in a process of its own:\n{trace}")
         else:
