@@ -34,8 +34,11 @@ QUIET = (
 """No end, no evaluation and no checkpoint within the frames of a benchmark."""
 
 
-class Finished(Exception):
-    """Raised by a benchmark to end a run that has shown what was asked."""
+class Finished(BaseException):
+    """Raised by a benchmark to end a run that has shown what was asked.
+
+    No ``Exception``, which a run would tell as what went wrong with it.
+    """
 
 
 def resolve(recipe: ModuleType, overrides: Sequence[str]) -> DictConfig:
