@@ -109,7 +109,7 @@ class CriticScoredLoss:
         self.routing_coef = routing_coef
         self.routing_loss = routing_loss
         self.num_proposals = num_proposals
-        self._folds: dict[tuple[int, bool], bool] = {}
+        self._folds: dict[tuple[int, int, bool], bool] = {}
 
     @staticmethod
     def _unlisted(qvalue_network: Any) -> Any:
@@ -271,7 +271,7 @@ class CriticScoredLoss:
         Modules that know ``[*B, ...]`` take any leading dimension. Those that know a single batch dimension
         (``nn.GRU``, ``nn.Conv2d``, ``nn.BatchNorm1d``) do not.
         """
-        kind = (states.ndim, self.qvalue_network.training)
+        kind = (states.ndim, leading, self.qvalue_network.training)
         fold = self._folds.get(kind)
         if fold is not None:
             return fold
@@ -386,10 +386,15 @@ def _path(key: NestedKey) -> tuple[str, ...]:
 
 def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
     """Whether two values differ by rounding alone, which may be that of another kernel; ``scale`` holds their size."""
-    reduced = torch.is_autocast_enabled(value.device.type) or (
-        value.is_cuda and torch.get_float32_matmul_precision() != "highest"
-    )
-    eps = torch.finfo(torch.bfloat16 if reduced else value.dtype).eps
+    single = value.is_cuda and value.dtype is torch.float32
+    reduced = single and torch.get_float32_matmul_precision() != "highest"
+    if reduced or torch.is_autocast_enabled(value.device.type):
+        eps = torch.finfo(torch.bfloat16).eps
+    elif single:
+        # convolutions and recurrent kernels may round to TF32's ten bits, whatever is asked of matrix products
+        eps = torch.finfo(torch.float16).eps
+    else:
+        eps = torch.finfo(value.dtype).eps
     size = scale.nan_to_num(0.0, 0.0, 0.0).abs().amax().item()
     return torch.allclose(value, other, rtol=0.0, atol=32 * eps + eps**0.4 * size, equal_nan=True)
 
