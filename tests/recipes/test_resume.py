@@ -196,6 +196,14 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(recipe, number, tmp_
     assert done.stdout.startswith(f"goes on at frame {frame:,} from checkpoint-{frame:012d}\n")
 
 
+@pytest.fixture
+def hangups_are_heard():
+    # tests that nohup has started ignore them, and so would a run
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("which", [2, -1], ids=["an evaluation on the way", "the last evaluation"])
 @pytest.mark.parametrize(
@@ -204,7 +212,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(recipe, number, tmp_
     ids=["sac", "ppo", "seeds"],
 )
 def test_a_signal_in_an_evaluation_gives_it_up_and_the_run_goes_on_with_it(
-    recipe, small, train, which, number, tmp_path, monkeypatch, capfd
+    recipe, small, train, which, number, tmp_path, monkeypatch, capfd, hangups_are_heard
 ):
     if (number == signal.SIGHUP) != (small is SAC and which == 2):
         pytest.skip("one of them is enough")
