@@ -409,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         process.complain(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        process.complain(f"error: {error.filename}: {error.strerror}")
+        place = "" if error.filename is None else f"{error.filename}: "
+        process.complain(f"error: {place}{error.strerror or error}")
         return 1
     except (KeyboardInterrupt, RuntimeError) as error:
         # a tensordict's context manager answers an interrupt with an error of its own
