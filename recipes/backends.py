@@ -13,8 +13,6 @@ from torchrl.envs import EnvBase
 from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, mujoco_task, normalize_actions
 from torchrl_pmoe.envs.physics import has_mjx
 
-BACKENDS = ("serial", "parallel", "envpool", "mjx")
-
 
 def refuse(cfg: DictConfig) -> None:
     """Refuse a backend that cannot run the environment.

@@ -104,8 +104,9 @@ def load(path: Path, *, agent: int | None = None, act: str | None = None, on: st
     path, agent = _locate(path, agent)
     cfg, checkpoint = open_run(path)
     run = path.parent.parent if _is_checkpoint(path) else path
-    # no frames are collected here: packages and processes of another backend are not needed
-    for key, value in {"device": on, "collector.num_envs": 1, "collector.backend": "serial"}.items():
+    # nothing is collected, updated or logged here: what that needs need not be there
+    serial = {"collector.num_envs": 1, "collector.backend": "serial"}
+    for key, value in {"device": on, **serial, "compile.cudagraphs": False, "logger.backend": None}.items():
         OmegaConf.update(cfg, key, value)
     if cfg.recipe not in RECIPES:
         raise UsageError(f"{run}: must be a run of {', '.join(RECIPES)}, it is one of {cfg.recipe}")
@@ -408,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         process.complain(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        process.complain(f"error: {error.filename}: {error.strerror}")
+        place = "" if error.filename is None else f"{error.filename}: "
+        process.complain(f"error: {place}{error.strerror or error}")
         return 1
     except (KeyboardInterrupt, RuntimeError) as error:
         # a tensordict's context manager answers an interrupt with an error of its own

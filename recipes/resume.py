@@ -356,9 +356,11 @@ def tidy(run: Path, checkpoint: Path) -> None:
 
 def how_to_go_on(run: Path) -> str:
     """What to type in a shell to go on with a run that has a checkpoint, or why it cannot go on."""
-    config = OmegaConf.load(run / "config.yaml")
+    config: Any = OmegaConf.load(run / "config.yaml")
     if OmegaConf.select(config, "checkpoint.replay_buffer") is False:
         return "it cannot go on, with checkpoint.replay_buffer=false a checkpoint is without what that takes"
+    if Path(sys.argv[0]).stem == "target_reaching" and recipe_of(config) != "target_reaching":
+        run = run.parent  # that script goes on with an experiment, not with one training of it
     return f"goes on with: {command_to_resume(run)}"
 
 

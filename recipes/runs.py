@@ -506,7 +506,13 @@ def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
             # a closed terminal sends it, and so does the shell that it ends: it is no second word
             process.leave_terminal()
         elif any(signal.Signals(other).name != "SIGHUP" for other in received):
-            before[number](number, frame)  # type: ignore[operator, misc]
+            usual = before[number]
+            if callable(usual):
+                usual(number, frame)
+            else:
+                # the system's own, where no recipe was started: in a user's script or another launcher's process
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
         received.append(number)
         trainer.request_stop(name)
         # the interpreter may be printing just now, and whoever reads that may have ended by the same signal
