@@ -202,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cell = Cell(algorithm, env, THEIRS, int(seed))
         learn(cell, cell.directory(args.work))
         return
+    if args.show and not args.output.is_file():
+        parser.error(f"--output {args.output}: must be a file that an earlier call has written, with --show")
     failed: list[str] = []
     if not args.show:
         failed = train_missing(args)
