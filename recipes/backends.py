@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torchrl.envs import EnvBase
 
 from torchrl_pmoe.envs import MUJOCO_TASKS, EnvPoolEnv, mujoco_task, normalize_actions
-from torchrl_pmoe.envs.physics import has_mjx
+from torchrl_pmoe.envs.mujoco.engines import has_mjx
 
 
 def refuse(cfg: DictConfig) -> None:

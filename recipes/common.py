@@ -37,7 +37,7 @@ from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import DoubleToFloat, DTypeCastTransform, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.envs import RawActionPolicy, normalize_actions, parallel_env
-from torchrl_pmoe.envs.physics import quiet_mujoco
+from torchrl_pmoe.envs.mujoco.engines import quiet_mujoco
 from torchrl_pmoe.trainers import NonFiniteError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -33,8 +33,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import InitTracker
 from torchrl.modules import IndependentNormal, TanhNormal, ValueOperator
 
-from torchrl_pmoe.modules.options import OptionActor
-from torchrl_pmoe.objectives import DACLoss, DoubleGAE
+from torchrl_pmoe.baselines import DACLoss, DoubleGAE, OptionActor
 
 _SHARED = ("env", "env_kwargs", "seed", "total_frames", "actions", "device", "resume", "on_nonfinite")
 # keys of PPO about experts and the Q-network

@@ -26,9 +26,9 @@ from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
 from torchrl_pmoe import BestOfExpertsActor, MCPActor, PMOEActor
+from torchrl_pmoe.baselines import OptionActor
 from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.modules.actors import ExpertsActor
-from torchrl_pmoe.modules.options import OptionActor
 
 KINDS = ("deterministic", "drawn", "stochastic")
 """The centre of the likeliest expert, the centre of a drawn one, or a draw of the action as in training."""

@@ -10,8 +10,8 @@ from torch import nn
 from torchrl.data import TensorSpec
 
 from torchrl_pmoe import GatingActor, MCPActor, PMOEActor
+from torchrl_pmoe.baselines import OptionActor
 from torchrl_pmoe.modules.actors import ExpertsActor
-from torchrl_pmoe.modules.options import OptionActor
 
 UNIMODAL = {
     "gaussian": "has one expert",

@@ -16,7 +16,7 @@ from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 
 from torchrl_pmoe.envs import TargetReachingTask
-from torchrl_pmoe.envs.routes import effective_routes, erase_loops, h_signature, routes
+from torchrl_pmoe.envs.target_reaching.routes import effective_routes, erase_loops, h_signature, routes
 
 KINDS = ("stochastic", "deterministic", "drawn")
 ENTROPY_STEPS = 15  # where the route is chosen; later on an agent waits before the target or has reached it

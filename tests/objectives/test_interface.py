@@ -33,7 +33,7 @@ from torchrl_pmoe import (
     PMOETQCLoss,
     TanhNormalMixture,
 )
-from torchrl_pmoe.modules.options import OptionActor
+from torchrl_pmoe.baselines.options import OptionActor
 
 SPEC = Bounded(-1, 1, (ACTION,))
 

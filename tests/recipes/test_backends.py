@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from torchrl_pmoe.envs.physics import has_mjx
+from torchrl_pmoe.envs.mujoco.engines import has_mjx
 from torchrl_pmoe.trainers import FlatReplay
 
 import backends  # isort: skip

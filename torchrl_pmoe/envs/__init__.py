@@ -4,13 +4,16 @@ Importing this package registers ``PMOE/TargetReaching-v0`` with Gymnasium.
 """
 
 from torchrl_pmoe.envs.action_units import RawActionPolicy, normalize_actions
-from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
-from torchrl_pmoe.envs.envpool_env import EnvPoolEnv
-from torchrl_pmoe.envs.geometry import TargetReachingTask
-from torchrl_pmoe.envs.mujoco_tasks import MUJOCO_TASKS, MujocoTask, mujoco_task
+from torchrl_pmoe.envs.envpool import EnvPoolEnv
+from torchrl_pmoe.envs.mujoco import MUJOCO_TASKS, MujocoTask, mujoco_task
 from torchrl_pmoe.envs.parallel import parallel_env
 from torchrl_pmoe.envs.simulators import EpisodeState, SimulatorState
-from torchrl_pmoe.envs.target_reaching import TargetReachingEnv, register
+from torchrl_pmoe.envs.target_reaching import (
+    BatchedTargetReachingEnv,
+    TargetReachingEnv,
+    TargetReachingTask,
+    register,
+)
 
 __all__ = [
     "MUJOCO_TASKS",

@@ -17,8 +17,8 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
-from torchrl_pmoe.envs.batched_target_reaching import BatchedTargetReachingEnv
-from torchrl_pmoe.envs.target_reaching import TargetReachingEnv
+from torchrl_pmoe.envs.target_reaching.batched_env import BatchedTargetReachingEnv
+from torchrl_pmoe.envs.target_reaching.gymnasium_env import TargetReachingEnv
 
 __all__ = ["EpisodeState", "SimulatorState", "generator_state", "load_generator_state"]
 

@@ -1,9 +1,7 @@
-"""Losses that train mixture policies, and the option framework that they are compared with."""
+"""Losses that train mixture policies, and one that trains several agents in one call."""
 
-from torchrl_pmoe.objectives.dac import DACLoss
-from torchrl_pmoe.objectives.double_gae import DoubleGAE
 from torchrl_pmoe.objectives.ppo import PMOEClipPPOLoss
 from torchrl_pmoe.objectives.sac import PMOESACLoss, PMOETQCLoss
 from torchrl_pmoe.objectives.stacked import StackedLoss, StackedPolicy
 
-__all__ = ["DACLoss", "DoubleGAE", "PMOEClipPPOLoss", "PMOESACLoss", "PMOETQCLoss", "StackedLoss", "StackedPolicy"]
+__all__ = ["PMOEClipPPOLoss", "PMOESACLoss", "PMOETQCLoss", "StackedLoss", "StackedPolicy"]

@@ -12,8 +12,8 @@ from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_pmoe.envs import MUJOCO_TASKS, mujoco_task
-from torchrl_pmoe.envs import mujoco_tasks as module
-from torchrl_pmoe.envs.physics import has_mjx, quiet_mujoco
+from torchrl_pmoe.envs.mujoco import tasks as module
+from torchrl_pmoe.envs.mujoco.engines import has_mjx, quiet_mujoco
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="mujoco is not installed")
 needs_mjx = pytest.mark.skipif(not has_mjx(), reason="jax and mujoco-mjx are not installed (extra mjx)")

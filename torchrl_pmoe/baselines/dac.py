@@ -15,8 +15,8 @@ from torchrl.modules.distributions.utils import has_analytic_entropy
 from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import _clip_value_loss, distance_loss
 
-from torchrl_pmoe.modules.options import OptionActor
-from torchrl_pmoe.objectives.double_gae import KEYS_OF_THE_ACTOR, DoubleGAE, Keys, entry, option_value_of
+from torchrl_pmoe.baselines.double_gae import KEYS_OF_THE_ACTOR, DoubleGAE, Keys, entry, option_value_of
+from torchrl_pmoe.baselines.options import OptionActor
 
 __all__ = ["DACLoss"]
 

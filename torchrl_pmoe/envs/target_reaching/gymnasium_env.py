@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box
 
-from torchrl_pmoe.envs.geometry import CANDIDATES, TargetReachingTask
+from torchrl_pmoe.envs.target_reaching.task import CANDIDATES, TargetReachingTask
 
 __all__ = ["ENV_ID", "MAX_EPISODE_STEPS", "TargetReachingEnv", "register"]
 
@@ -176,6 +176,6 @@ def register() -> None:
     if ENV_ID not in gymnasium.registry:
         gymnasium.register(
             ENV_ID,
-            entry_point="torchrl_pmoe.envs.target_reaching:TargetReachingEnv",
+            entry_point="torchrl_pmoe.envs.target_reaching.gymnasium_env:TargetReachingEnv",
             max_episode_steps=MAX_EPISODE_STEPS,
         )

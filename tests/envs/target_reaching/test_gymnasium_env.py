@@ -8,14 +8,14 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from envs.target_reaching_reference import EVERY_ROUTE, ROUTES, clearance, hostile_actions, steer
+from envs.target_reaching.reference import EVERY_ROUTE, ROUTES, clearance, hostile_actions, steer
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from torchrl.envs import GymEnv, GymWrapper, check_env_specs
 
 from torchrl_pmoe.envs import TargetReachingEnv, TargetReachingTask
-from torchrl_pmoe.envs.geometry import LAYOUTS, MARGIN, START_REGION, travel
-from torchrl_pmoe.envs.target_reaching import ENV_ID, register
+from torchrl_pmoe.envs.target_reaching.gymnasium_env import ENV_ID, register
+from torchrl_pmoe.envs.target_reaching.task import LAYOUTS, MARGIN, START_REGION, travel
 
 
 def started(**kwargs) -> TargetReachingEnv:

@@ -16,7 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from torchrl_pmoe import NormalMixture, TanhNormalMixture
-from torchrl_pmoe.modules.options import OptionActor
+from torchrl_pmoe.baselines.options import OptionActor
 
 K, A, OBSERVATION = 3, 2, 4
 F64 = torch.float64

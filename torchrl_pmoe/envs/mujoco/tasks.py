@@ -33,7 +33,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.common import _EnvPostInit
 from torchrl.envs.custom.mujoco.base import MujocoEnv, _MujocoMeta
 
-from torchrl_pmoe.envs.physics import MJXEngine, MujocoEngine, has_mjx
+from torchrl_pmoe.envs.mujoco.engines import MJXEngine, MujocoEngine, has_mjx
 
 __all__ = ["MUJOCO_TASKS", "MujocoTask", "mujoco_task"]
 

@@ -8,14 +8,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from envs.target_reaching_reference import clearance, hostile_actions
+from envs.target_reaching.reference import clearance, hostile_actions
 from tensordict import TensorDict
 from torch._subclasses import FakeTensorMode
 from torchrl.collectors import Collector
 from torchrl.envs import check_env_specs
 
 from torchrl_pmoe.envs import BatchedTargetReachingEnv, TargetReachingEnv
-from torchrl_pmoe.envs.geometry import LAYOUTS, START_REGION
+from torchrl_pmoe.envs.target_reaching.task import LAYOUTS, START_REGION
 
 STARTS = [(-0.8, -0.5), (-0.8, 0.5)]
 

@@ -14,9 +14,9 @@ from torch import nn
 from torchrl.data import Unbounded
 from torchrl.modules import IndependentNormal, ValueOperator
 
-from torchrl_pmoe.modules.options import OptionActor
-from torchrl_pmoe.objectives.dac import DACLoss
-from torchrl_pmoe.objectives.double_gae import DoubleGAE
+from torchrl_pmoe.baselines.dac import DACLoss
+from torchrl_pmoe.baselines.double_gae import DoubleGAE
+from torchrl_pmoe.baselines.options import OptionActor
 
 K = 3
 F64 = torch.float64

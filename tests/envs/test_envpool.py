@@ -10,8 +10,8 @@ import torch
 from torchrl.collectors import Collector
 from torchrl.envs.utils import RandomPolicy, check_env_specs
 
-from torchrl_pmoe.envs import envpool_env
-from torchrl_pmoe.envs.envpool_env import EnvPoolEnv
+from torchrl_pmoe.envs import envpool as envpool_module
+from torchrl_pmoe.envs.envpool import EnvPoolEnv
 
 needs_envpool = pytest.mark.skipif(
     not EnvPoolEnv.available("Hopper-v4"), reason="EnvPool is not installed: pip install 'torchrl_pmoe[envpool]'"
@@ -123,9 +123,9 @@ def test_an_episode_that_fails_in_its_last_step_is_terminated_and_truncated(monk
     first = EnvPoolEnv("Hopper-v4", 1, seed=3).rollout(1000)
     assert first["next", "terminated"][0, -1]
     assert not first["next", "truncated"].any()
-    observation, action, config = envpool_env._task("Hopper-v4")
+    observation, action, config = envpool_module._task("Hopper-v4")
     shorter = (observation, action, {**config, "max_episode_steps": first.shape[1]})
-    monkeypatch.setattr(envpool_env, "_task", lambda name: shorter)
+    monkeypatch.setattr(envpool_module, "_task", lambda name: shorter)
     env = EnvPoolEnv("Hopper-v4", 1, seed=3)
     torch.manual_seed(0)
     last = env.rollout(1000)["next"][:, -1]
@@ -299,7 +299,7 @@ def test_bad_arguments_are_refused_in_one_line(name, num_envs, options, message)
 
 
 def test_without_envpool_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(envpool_env.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(envpool_module.importlib.util, "find_spec", lambda name: None)
     assert not EnvPoolEnv.available("Hopper-v4")
     with pytest.raises(ValueError, match=r"pip install 'torchrl_pmoe\[envpool\]'"):
         EnvPoolEnv("Hopper-v4", 2)

@@ -1,4 +1,4 @@
-"""What physics.py puts into MuJoCo's and MJX's own places acts in our calls and goes with them; mjx is not needed."""
+"""What engines.py puts into MuJoCo's and MJX's own places acts in our calls and goes with them; mjx is not needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from torchrl_pmoe.envs import physics
+from torchrl_pmoe.envs.mujoco import engines
 
 Geom = Enum("Geom", ["PLANE", "CAPSULE", "BOX"])
 PAIR = (Geom.PLANE, Geom.CAPSULE)
@@ -34,7 +34,7 @@ def table(monkeypatch):
     source.collision_driver = driver
     for module in (package, source, driver):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(physics, "import_mjx", lambda: (SimpleNamespace(numpy=np), package))
+    monkeypatch.setattr(engines, "import_mjx", lambda: (SimpleNamespace(numpy=np), package))
     return driver._COLLISION_FUNC
 
 
@@ -44,7 +44,7 @@ def axes(table):
 
 
 def test_frames_are_mujocos_within_our_calls_alone(table):
-    with physics._mujocos_contact_frames():
+    with engines._mujocos_contact_frames():
         assert axes(table) == pytest.approx([0, 1, 0])
         assert table[PAIR].ncon == 2
     assert table[PAIR] is collide
@@ -52,7 +52,7 @@ def test_frames_are_mujocos_within_our_calls_alone(table):
 
 def test_another_threads_call_meanwhile_is_mjxs_own(table):
     found = []
-    with physics._mujocos_contact_frames():
+    with engines._mujocos_contact_frames():
         other = threading.Thread(target=lambda: found.append(axes(table)))
         other.start()
         other.join()
@@ -63,14 +63,14 @@ def test_threads_that_trace_at_the_same_time_do_not_take_it_from_each_other(tabl
     inside, leave = threading.Event(), threading.Event()
 
     def trace():
-        with physics._mujocos_contact_frames():
+        with engines._mujocos_contact_frames():
             inside.set()
             leave.wait(600)
 
     other = threading.Thread(target=trace)
     other.start()
     assert inside.wait(600)
-    with physics._mujocos_contact_frames():
+    with engines._mujocos_contact_frames():
         leave.set()
         other.join()
         assert axes(table) == pytest.approx([0, 1, 0])
@@ -78,7 +78,7 @@ def test_threads_that_trace_at_the_same_time_do_not_take_it_from_each_other(tabl
 
 
 def test_an_error_while_tracing_leaves_nothing_behind(table):
-    with pytest.raises(RuntimeError), physics._mujocos_contact_frames():
+    with pytest.raises(RuntimeError), engines._mujocos_contact_frames():
         raise RuntimeError
     assert table[PAIR] is collide
 
@@ -88,7 +88,7 @@ def test_warnings_of_mujoco_still_reach_the_users_own_handler():
     before, heard = mujoco.get_mju_user_warning(), []
     mujoco.set_mju_user_warning(heard.append)
     try:
-        with physics.quiet_mujoco():
+        with engines.quiet_mujoco():
             show = mujoco.get_mju_user_warning()
             show("compiler attribute 'settotalmass' is deprecated")
             show("nan in qacc")

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_pmoe.envs.geometry import CANDIDATES, TargetReachingTask
-from torchrl_pmoe.envs.target_reaching import MAX_EPISODE_STEPS
+from torchrl_pmoe.envs.target_reaching.gymnasium_env import MAX_EPISODE_STEPS
+from torchrl_pmoe.envs.target_reaching.task import CANDIDATES, TargetReachingTask
 
 __all__ = ["BatchedTargetReachingEnv"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from torchrl_pmoe.modules.baselines import Blend, Product
+from torchrl_pmoe.baselines.blended import Blend, Product
 
 EXPERTS = 4
 COMPOSITIONS = {"parameters": Blend("parameters"), "actions": Blend("actions"), "product": Product()}

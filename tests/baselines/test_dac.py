@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from objectives.helpers import ACTION, OBSERVATION, assert_compiled_equals_eager, moved_by, total
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -16,10 +17,9 @@ from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNorm
 from torchrl.objectives import ClipPPOLoss, ValueEstimators
 from torchrl.objectives.value import GAE
 
-from objectives.helpers import ACTION, OBSERVATION, assert_compiled_equals_eager, moved_by, total
-from torchrl_pmoe.modules.options import OptionActor
-from torchrl_pmoe.objectives.dac import DACLoss
-from torchrl_pmoe.objectives.double_gae import DoubleGAE, double_advantage_estimate
+from torchrl_pmoe.baselines.dac import DACLoss
+from torchrl_pmoe.baselines.double_gae import DoubleGAE, double_advantage_estimate
+from torchrl_pmoe.baselines.options import OptionActor
 
 K = 3
 F64 = torch.float64

@@ -7,11 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import scipy.stats
-from envs.target_reaching_reference import EVERY_ROUTE, ROUTES, steer
+from envs.target_reaching.reference import EVERY_ROUTE, ROUTES, steer
 
 from torchrl_pmoe.envs import TargetReachingEnv
-from torchrl_pmoe.envs.geometry import LAYOUTS
-from torchrl_pmoe.envs.routes import effective_routes, erase_loops, h_signature, routes
+from torchrl_pmoe.envs.target_reaching.routes import effective_routes, erase_loops, h_signature, routes
+from torchrl_pmoe.envs.target_reaching.task import LAYOUTS
 
 START, END = (-0.9, -0.9), (0.9, -0.9)
 SCATTERED = np.array([(-0.3, 0.1, 0.1), (0.2, 0.4, 0.1), (0.25, -0.3, 0.1)])

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
-from torchrl_pmoe.modules.options import OptionActor
+from torchrl_pmoe.baselines.options import OptionActor
 
 __all__ = ["KEYS_OF_THE_ACTOR", "DoubleGAE", "Keys", "double_advantage_estimate", "entry", "option_value_of"]
 
