@@ -5,9 +5,10 @@ Importing this package registers ``PMOE/TargetReaching-v0`` with Gymnasium.
 
 from torchrl_pmoe.envs.action_units import RawActionPolicy, normalize_actions
 from torchrl_pmoe.envs.envpool import EnvPoolEnv
+from torchrl_pmoe.envs.making import EnvironmentFault, make_env
 from torchrl_pmoe.envs.mujoco import MUJOCO_TASKS, MujocoTask, mujoco_task
+from torchrl_pmoe.envs.normalization import NormalizedPolicy, NormalizeObservationAndReward
 from torchrl_pmoe.envs.parallel import parallel_env
-from torchrl_pmoe.envs.simulators import EpisodeState, SimulatorState
 from torchrl_pmoe.envs.target_reaching import (
     BatchedTargetReachingEnv,
     TargetReachingEnv,
@@ -19,12 +20,14 @@ __all__ = [
     "MUJOCO_TASKS",
     "BatchedTargetReachingEnv",
     "EnvPoolEnv",
-    "EpisodeState",
+    "EnvironmentFault",
     "MujocoTask",
+    "NormalizeObservationAndReward",
+    "NormalizedPolicy",
     "RawActionPolicy",
-    "SimulatorState",
     "TargetReachingEnv",
     "TargetReachingTask",
+    "make_env",
     "mujoco_task",
     "normalize_actions",
     "parallel_env",

@@ -1,6 +1,28 @@
 """A run on disk, and what is seen of it."""
 
+from torchrl_pmoe.runs.acting import Episode, EpisodePlayer, WatchedPolicy, acting
+from torchrl_pmoe.runs.checkpoints import VerifiedCheckpoint
 from torchrl_pmoe.runs.directory import DirectoryInUseError, RunDirectory
+from torchrl_pmoe.runs.evaluation import Evaluator, RecordedEvaluation, summarize_returns
 from torchrl_pmoe.runs.loggers import run_logger
+from torchrl_pmoe.runs.metrics import CheckpointLog, MetricsFile, read_metrics
+from torchrl_pmoe.runs.simulators import EpisodeState, SimulatorState
 
-__all__ = ["DirectoryInUseError", "RunDirectory", "run_logger"]
+__all__ = [
+    "CheckpointLog",
+    "DirectoryInUseError",
+    "Episode",
+    "EpisodePlayer",
+    "EpisodeState",
+    "Evaluator",
+    "MetricsFile",
+    "RecordedEvaluation",
+    "RunDirectory",
+    "SimulatorState",
+    "VerifiedCheckpoint",
+    "WatchedPolicy",
+    "acting",
+    "read_metrics",
+    "run_logger",
+    "summarize_returns",
+]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import socket
 import warnings
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torchrl.checkpoint import CheckpointRotation
+from torchrl.trainers import Trainer
 
 __all__ = ["DirectoryInUseError", "RunDirectory"]
 
@@ -38,6 +42,8 @@ class RunDirectory:
         ['metrics.csv']
     """
 
+    CHECKPOINTS = "checkpoints"
+    """The directory of the checkpoints, ``checkpoint-<frames>`` each."""
     LOCK = ".lock"
     """The file that is locked. It names the process, and is there while the directory is owned."""
     OUTPUTS = (
@@ -67,6 +73,55 @@ class RunDirectory:
             return []
         names = [path for path in self.path.iterdir() if any(path.match(pattern) for pattern in self.OUTPUTS)]
         return sorted(path.name for path in names)
+
+    def rotation(self, keep: int = 2) -> CheckpointRotation:
+        """The checkpoints of the run, for ``Trainer(checkpoint_rotation=...)``.
+
+        Args:
+            keep: how many; older ones are removed.
+        """
+        return CheckpointRotation(self.path / self.CHECKPOINTS, keep_last=keep)
+
+    def checkpoints(self) -> list[Path]:
+        """All checkpoints, the newest first; whether they are whole is not looked at."""
+        found = (self.path / self.CHECKPOINTS).glob("checkpoint-*")
+        return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), reverse=True)
+
+    def resume(self, trainer: Trainer, checkpoint: Path | None = None) -> Path | None:
+        """Go on from a checkpoint, and clear away what the run that wrote it has left after it.
+
+        What a kill has left half is removed; checkpoints of later frames are renamed to ``set-aside-...``.
+
+        Args:
+            trainer: with its :class:`~torchrl_pmoe.runs.VerifiedCheckpoint`, and with all hooks registered.
+            checkpoint: the newest one, if not given.
+
+        Returns:
+            The checkpoint; ``None`` where there is none, which leaves the trainer at its start.
+
+        Raises:
+            CheckpointError: in one line, where it is damaged or does not fit.
+
+        Examples:
+            >>> directory = RunDirectory("runs/hopper")
+            >>> with directory.own():
+            ...     directory.resume(trainer)  # the same script starts a run, and goes on with it after a kill
+            ...     trainer.train()
+        """
+        if checkpoint is None:
+            checkpoint = next(iter(self.checkpoints()), None)
+        if checkpoint is None:
+            return None
+        trainer.load_from_file(checkpoint)
+        for path in (self.path / self.CHECKPOINTS).iterdir():
+            if path.name.startswith(".checkpoint-"):
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.checkpoints():
+            if path.name > checkpoint.name:
+                aside = path.with_name(f"set-aside-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        return checkpoint
 
     @contextmanager
     def own(self) -> Iterator[Path]:

@@ -1,7 +1,6 @@
 """Optimisation steppers, hooks and diagnostics for :class:`torchrl.trainers.Trainer`."""
 
-from torchrl_pmoe.trainers.checkpoints import VerifiedCheckpoint
-from torchrl_pmoe.trainers.diagnostics import mixture_diagnostics, saturation
+from torchrl_pmoe.trainers.diagnostics import mixture_diagnostics, policy_diagnostics, saturation
 from torchrl_pmoe.trainers.hooks import ExpertCollapse, FlatReplay, PeriodicEvaluation, ProgressBar
 from torchrl_pmoe.trainers.nonfinite import FiniteBatch, FiniteLoss, NonFiniteError
 from torchrl_pmoe.trainers.steppers import FusedOptimizationStepper
@@ -15,7 +14,7 @@ __all__ = [
     "NonFiniteError",
     "PeriodicEvaluation",
     "ProgressBar",
-    "VerifiedCheckpoint",
     "mixture_diagnostics",
+    "policy_diagnostics",
     "saturation",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.modules import ProbabilisticActor
 
 from torchrl_pmoe.distributions import NormalMixture
 
-__all__ = ["mixture_diagnostics", "saturation"]
+__all__ = ["mixture_diagnostics", "policy_diagnostics", "saturation"]
 
 
 def saturation(
@@ -62,3 +64,24 @@ def mixture_diagnostics(
         "proposal_margin": margin,
         "usage": usage,
     }
+
+
+@torch.no_grad()
+def policy_diagnostics(
+    actor: ProbabilisticActor, states: TensorDictBase, qvalues: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, float]:
+    """Diagnostics of a policy with actions in ``[-1, 1]``, as the columns of a record.
+
+    Args:
+        actor: any policy; of a mixture there is all that :func:`mixture_diagnostics` tells, ``usage_k`` by expert.
+        states: what it reads, ``[B]``.
+        qvalues: as in :func:`mixture_diagnostics`.
+    """
+    dist = actor.get_dist(states)
+    columns = {"saturation": saturation(dist.sample()).item()}
+    if not isinstance(dist, NormalMixture):
+        return columns
+    found = mixture_diagnostics(dist, qvalues)
+    usage = found.pop("usage").tolist()
+    row = {key: value.item() for key, value in found.items()}
+    return {**row, **columns, **{f"usage_{k}": value for k, value in enumerate(usage)}}

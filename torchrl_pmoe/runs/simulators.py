@@ -109,7 +109,7 @@ class EpisodeState:
     Where the environment's state is known (:class:`SimulatorState`) the episodes go on, to the last bit; else new ones
     begin, with the random generators of Gymnasium's environments where they were and a new seed for others. They begin
     in :meth:`after_load`: what the first observation passes through (running statistics) is loaded then.
-    :class:`~torchrl_pmoe.trainers.VerifiedCheckpoint` calls it; behind another checkpoint, do it yourself.
+    :class:`~torchrl_pmoe.runs.VerifiedCheckpoint` calls it; behind another checkpoint, do it yourself.
 
     Args:
         collector: in this process.

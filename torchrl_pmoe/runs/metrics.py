@@ -1,12 +1,10 @@
-"""The record of a run: ``metrics.csv``, and the picture of it."""
+"""The records of a run: ``metrics.csv``, one row an evaluation, and ``checkpoints.csv``, one row a checkpoint."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from torchrl_pmoe.runs.files import replace_file
+
+__all__ = ["CLOCKS", "CheckpointLog", "MetricsFile", "read_metrics", "why_unreadable"]
 
 MIB = 2**20
 CLOCKS = ("wall_seconds", "frames_per_second")
@@ -57,16 +59,25 @@ class CheckpointLog:
 
 
 @dataclass
-class RunRecorder:
-    """Writes ``metrics.csv``, one row an evaluation, and draws it when the run ends.
+class MetricsFile:
+    """Writes ``metrics.csv``, one row an evaluation.
 
     Args:
-        directory: the run's own.
-        title: of the plot.
+        directory: of the run.
+
+    Attributes:
+        last: the row that was written last, or the last one that an earlier run has left.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     metrics = MetricsFile(Path(directory))
+        ...     metrics.write({**metrics.clock(100), "return_mean": 1.5})
+        ...     read_metrics(metrics.path)["return_mean"].tolist()
+        [1.5]
     """
 
     directory: Path
-    title: str
     last: dict[str, float] = field(default_factory=dict)
     _fields: list[str] = field(default_factory=list)
     _start: float = field(default_factory=time.perf_counter)
@@ -130,20 +141,6 @@ class RunRecorder:
             file.write(text.getvalue())
         self.last = dict(row)
 
-    def plot(self) -> Path | None:
-        """Draw return and expert usage over frames."""
-        return plot_run(self.path, self.title) if self._fields else None
-
-
-def replace(path: Path, text: str) -> None:
-    """Put ``text`` in the place of a file, which is the old one or the new one at any time."""
-    part = path.with_name(f".{path.name}.partial")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
 
 def _cell(value: float | None) -> str:
     if value is None or math.isnan(value):
@@ -160,7 +157,7 @@ def _number(row: Sequence[str], place: int) -> float | None:
     return None if math.isnan(number) else number
 
 
-def unreadable(path: Path) -> str | None:
+def why_unreadable(path: Path) -> str | None:
     """Why a run cannot go on with a ``metrics.csv``, if it cannot."""
     try:
         header, rows = read_table(path)
@@ -197,7 +194,7 @@ def _is_torn(header: Sequence[str], row: Sequence[str], *, ended: bool) -> bool:
 def _write_table(path: Path, rows: Iterable[Sequence[str]]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
-    replace(path, text.getvalue())
+    replace_file(path, text.getvalue())
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
@@ -206,32 +203,3 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     rows = [row for row in rows if _number(row, header.index("frames")) is not None]
     cells = [[_number(row, place) for row in rows] for place in range(len(header))]
     return {name: np.array(column, dtype=float) for name, column in zip(header, cells, strict=True)}
-
-
-def plot_run(path: Path, title: str) -> Path:
-    """Draw ``learning_curve.png`` beside a ``metrics.csv``."""
-    from figures import mpl, subplots
-
-    data = read_metrics(path)
-    frames = data["frames"]
-    usage = [data[name] for name in data if re.fullmatch(r"usage_\d+", name)]
-    fig, axes = subplots(1 + bool(usage), 1, sharex=True, figsize=(7, 6 if usage else 4), squeeze=False)
-    top = axes[0, 0]
-    mean, std = data["return_mean"], data["return_std"]
-    top.plot(frames, mean, color="#0072B2", marker="o" if len(frames) < 30 else None, markersize=3)
-    top.fill_between(frames, mean - std, mean + std, color="#0072B2", alpha=0.2, linewidth=0)
-    top.set(title=title, ylabel="evaluation return (mean ± std)")
-    top.grid(alpha=0.3)
-    if usage:
-        bottom = axes[1, 0]
-        # cividis keeps its order of lightness under every kind of colour blindness
-        colors = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, len(usage)))
-        labels = [str(index) for index in range(len(usage))]
-        bottom.stackplot(frames, usage, colors=colors, labels=labels, edgecolor="white", linewidth=0.5)
-        bottom.set(ylabel="expert usage", ylim=(0, 1))
-        bottom.margins(x=0)
-        bottom.legend(title="expert", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
-    axes[-1, 0].set_xlabel("frames")
-    target = path.with_name("learning_curve.png")
-    fig.savefig(target, dpi=150)
-    return target

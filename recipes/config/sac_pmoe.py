@@ -1,0 +1,320 @@
+"""The config of ``recipes/sac_pmoe.py``: keys, what goes with what, presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from parts.errors import UsageError
+from parts.networks import UNIMODAL
+from parts.training import choose_compile
+from pydantic import Field
+
+from config import shared
+from parts.typed_config import (
+    Device,
+    Flag,
+    Integer,
+    Kwargs,
+    Number,
+    Size,
+    Text,
+    Widths,
+    config_class,
+    field,
+    get,
+    group,
+    register,
+)
+from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
+
+
+@config_class
+class Network:
+    """Policy and critics."""
+
+    hidden_sizes: Widths = field([256, 256], "of policy and critics")
+    activation: Activation = field("relu", "of both")
+    router: Literal["detached", "shared", "separate"] | None = field(
+        None, "null: detached for pmoe, shared for gating and mcp"
+    )
+    log_std_min: Number = field(-20.0, "bounds of the log of every scale")
+    log_std_max: Number = field(2.0)
+    head_init: Positive = field(1e-3, "the policy's heads start uniform in +-head_init")
+
+
+@config_class
+class Optim(shared.Optim):
+    """The optimiser, and how SAC uses it."""
+
+    batch_size: Annotated[Integer, Field(ge=1, le=2**24)] = field(256)
+    utd_ratio: Positive = field(1.0, "gradient steps per frame")
+    loss_function: shared.LossFunction = field("l2", "of the critics")
+    target_update_polyak: Annotated[Number, Field(ge=0.5, le=1)] = field(0.995)
+    alpha_init: Positive = field(1.0, "temperature")
+    fixed_alpha: Flag = field(False)
+    target_entropy: Number | Literal["auto"] = field(
+        "auto", "in nats of actions in [-1, 1]; auto: minus the action size"
+    )
+
+
+@config_class
+class Collector(shared.Collector):
+    """Where frames come from."""
+
+    frames_per_batch: Size | None = field(None, "null: one step of every environment, then its updates")
+    init_random_frames: Annotated[Integer, Field(ge=0)] = field(1000, "by random actions, before the first update")
+
+
+@config_class
+class ReplayBuffer:
+    """The replay buffer."""
+
+    size: Size = field(1_000_000, "frames")
+    prb: Flag = field(False, "prioritised")
+    scratch_dir: Text | None = field(None, "keeps the frames in files there; null: in memory")
+
+
+@config_class
+class Loss:
+    """The routing loss."""
+
+    routing_coef: Annotated[Number, Field(ge=0)] = field(1.0)
+    routing_loss: Literal["brier", "log"] = field("brier", "log: scoring=critic only")
+    num_proposals: Experts = field(1, "draws of each expert a state, averaged (scoring=critic)")
+    decoupled: Flag = field(False, "backprop=max: the best expert learns from a fresh draw, not from the one that won")
+    entropy_from: Literal["policy", "winner"] | None = field(
+        None, "what the temperature sees (scoring=critic); winner: the best draws (preset=paper)"
+    )
+    temperature: Positive = field(1.0, "of routing=gumbel_softmax")
+    straight_through: Flag = field(True, "routing=gumbel_softmax: act on one expert; false blends the draws")
+
+
+@config_class
+class Checkpoint(shared.Checkpoint):
+    """Checkpoints of the run."""
+
+    replay_buffer: Flag = field(True, "what is new since the last one; false: a run cannot go on")
+
+
+@config_class
+class SACConfig:
+    """Every key of ``recipes/sac_pmoe.py``."""
+
+    recipe: Literal["sac_pmoe"] = field("sac_pmoe", "tells what a run is a run of")
+    env: Text = field("Walker2d-v4", "any Gymnasium id with a vector of observations and a bounded Box of actions")
+    env_kwargs: Kwargs = field({}, "of the environment: +env_kwargs.NAME=VALUE")
+    seed: shared.Seed = field(0)
+    num_seeds: Experts = field(1, "agents trained at once, of seeds seed, seed + 1, ...; the rest holds for each")
+    total_frames: Frames = field(1_000_000, "whole batches of collector.frames_per_batch, rounded up")
+    num_experts: Experts | None = field(None, "null: the paper's number for its MuJoCo tasks, 4 elsewhere")
+    policy: PolicyName = field("pmoe", "gaussian: TorchRL's own TanhNormal, the control")
+    blend: Literal["parameters", "actions"] = field("parameters", "policy=gating: what is blended")
+    preset: Literal["paper"] | None = field(None, "the authors' combination, evaluation included")
+    scoring: Literal["critic", "gradient"] | None = field(
+        None, "critic: PMOESACLoss; gradient: TorchRL's unmodified SACLoss; null, here and below: see the first line"
+    )
+    routing: (
+        Literal["frequency", "soft_frequency", "gumbel_softmax", "score_function", "marginal", "none"] | None
+    ) = field(None, "how the router learns; gumbel_softmax: gradient only; score_function, marginal: critic only")
+    backprop: Literal["max", "all", "routed", "weighted"] | None = field(
+        None, "the experts that the actor's loss flows through (critic only)"
+    )
+    score: Literal["mixture", "expert"] | None = field(None, "the log-density that SAC sees")
+    acting: Literal["policy", "best_of_experts"] | None = field(
+        None, "best_of_experts: the proposal that the critics rank highest"
+    )
+    device: Device = field(None, "null: cuda where there is one, else cpu")
+    resume: Text | None = field(None, "directory of an earlier run, to go on from its last checkpoint, or a checkpoint")
+    on_nonfinite: Literal["stop", "skip"] = field("stop", "an update in which a number is NaN or infinite")
+    network: Network = group(Network)
+    optim: Optim = group(Optim)
+    compile: shared.Compile = group(shared.Compile)
+    collector: Collector = group(Collector)
+    replay_buffer: ReplayBuffer = group(ReplayBuffer)
+    loss: Loss = group(Loss)
+    logger: shared.ExpertLogger = group(shared.ExpertLogger)
+    checkpoint: Checkpoint = group(Checkpoint)
+
+    @property
+    def updates(self) -> float:
+        """How many updates a run makes."""
+        return self.total_frames * self.optim.utd_ratio
+
+    @property
+    def critic_scored(self) -> bool:
+        """Whether the critics score the experts' proposals."""
+        return self.policy == "pmoe" and self.scoring == "critic"
+
+
+ABOUT = "Soft Actor-Critic with a mixture-of-experts policy."
+EXAMPLES = (
+    "python recipes/sac_pmoe.py env=Walker2d-v4",
+    "python recipes/sac_pmoe.py -m env=HalfCheetah-v4 policy=pmoe,gaussian seed=0,1,2",
+)
+register("sac_pmoe", SACConfig, ABOUT, *EXAMPLES)
+
+PAPER: dict[str, Any] = {
+    "scoring": "critic",
+    "routing": "frequency",
+    "backprop": "max",
+    "score": "expert",
+    "acting": "policy",
+    "loss.entropy_from": "winner",
+    "logger.eval_expert": "drawn",
+}
+# the highest return measured (docs, results): the paper's routing, the policy's own entropy, the largest expert
+DEFAULTS = {**PAPER, "loss.entropy_from": "policy", "logger.eval_expert": "largest"}
+PARTNERS: dict[tuple[str, str], dict[str, str | None]] = {
+    ("critic", "frequency"): {},
+    ("critic", "soft_frequency"): {"backprop": "weighted", "score": "mixture"},
+    ("critic", "score_function"): {"backprop": "routed", "score": "mixture"},
+    ("critic", "marginal"): {"backprop": "all", "score": "mixture"},
+    ("critic", "none"): {"backprop": "weighted", "score": "mixture"},
+    **{
+        # no critic call there, so no backprop
+        ("gradient", routing): {"backprop": None, "score": "mixture", "loss.entropy_from": None}
+        for routing in ("frequency", "soft_frequency", "gumbel_softmax", "none")
+    },
+}
+"""By scoring and routing: what differs from the defaults where a routing did best.
+
+Measured on the bandits whose optimum is known, but for ``frequency``, which has the highest return. The first row that
+fits what a config names is taken; what it names besides stays.
+"""
+PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
+
+
+def resolve(config: SACConfig) -> None:
+    """Fill in what a config leaves to the preset, the defaults or the environment, and refuse what does not go together.
+
+    Raises:
+        UsageError: in one line, for the first key that cannot stay.
+    """
+    shared.refuse_machine(config)
+    fills: Mapping[str, Any] = DEFAULTS if config.policy in UNIMODAL else partners(config)
+    shared.fill(config, PAPER, dict(PAPER if config.preset == "paper" else fills), for_unimodal=("acting",))
+    shared.fill_num_experts(config, PAPER_NUM_EXPERTS)
+    if config.network.router is None:
+        config.network.router = "detached" if config.policy == "pmoe" else "shared"
+    if config.collector.frames_per_batch is None:
+        config.collector.frames_per_batch = config.collector.num_envs
+    _refuse_combinations(config)
+    if config.num_seeds > 1:
+        _refuse_for_many_seeds(config)
+    choose_compile(config.compile, config.updates)
+
+
+def partners(config: SACConfig) -> Mapping[str, str | None]:
+    """The values of the keys that a config leaves null, as its scoring and its routing did best with."""
+    for (scoring, routing), others in PARTNERS.items():
+        if config.scoring in (None, scoring) and config.routing in (None, routing):
+            return {**DEFAULTS, "scoring": scoring, "routing": routing, **others}
+    allowed = ", ".join(routing for scoring, routing in PARTNERS if scoring == config.scoring)
+    raise UsageError(f"routing={config.routing}: must be one of {allowed} with scoring={config.scoring}")
+
+
+def combination(config: SACConfig) -> str:
+    """What a resolved config trains a mixture by, as on a command line; nothing for other policies."""
+    keys = (*DEFAULTS, "loss.decoupled") if config.policy == "pmoe" else ()
+    given = {key: get(config, key) for key in keys}
+    return " ".join(f"{key}={value}" for key, value in given.items() if value not in (None, False))
+
+
+def _refuse_combinations(config: SACConfig) -> None:
+    loss, collector, gradient = config.loss, config.collector, config.scoring == "gradient"
+    assert collector.frames_per_batch is not None
+    steps = config.optim.utd_ratio * collector.frames_per_batch
+    coupled_by = "preset=paper" if config.preset == "paper" else f"backprop={config.backprop}"
+    refuse(
+        config,
+        {
+            "backprop": (
+                gradient and config.backprop is not None,
+                "null with scoring=gradient, where the loss's own draw carries the gradient",
+            ),
+            "loss.entropy_from": (
+                gradient and loss.entropy_from is not None,
+                "null with scoring=gradient, where the temperature sees the loss's own draw",
+            ),
+            "loss.decoupled": (
+                config.policy == "pmoe" and loss.decoupled and (config.backprop != "max" or config.preset == "paper"),
+                f"false with {coupled_by}; only max selects an expert by score",
+            ),
+            "blend": (
+                config.policy != "gating" and config.blend != "parameters",
+                f"parameters with policy={config.policy}; only gating blends",
+            ),
+            "loss.temperature": (
+                config.routing != "gumbel_softmax" and loss.temperature != 1,
+                f"1 with routing={config.routing}; only gumbel_softmax has one",
+            ),
+            "loss.straight_through": (
+                config.routing != "gumbel_softmax" and not loss.straight_through,
+                f"true with routing={config.routing}; only gumbel_softmax has a draw to relax",
+            ),
+            "score": (
+                config.routing == "gumbel_softmax" and not loss.straight_through and config.score == "expert",
+                "mixture with loss.straight_through=false, a blend of draws is no expert's",
+            ),
+            "loss.routing_loss": (gradient and loss.routing_loss != "brier", "brier with scoring=gradient"),
+            "loss.num_proposals": (gradient and loss.num_proposals != 1, "1 with scoring=gradient"),
+            "acting": (
+                config.policy in UNIMODAL and config.acting == "best_of_experts",
+                f"policy with policy={config.policy}, which {UNIMODAL.get(config.policy)}",
+            ),
+            "optim.router_lr": (
+                config.policy == "gaussian" and config.optim.router_lr is not None,
+                "null with policy=gaussian, which has no router",
+            ),
+            "logger.eval_expert": (
+                config.acting == "best_of_experts" and config.logger.eval_expert != "largest",
+                "largest or null with acting=best_of_experts, which takes the critics' choice",
+            ),
+            "network.log_std_min": (
+                config.network.log_std_min >= config.network.log_std_max,
+                f"below network.log_std_max={config.network.log_std_max}",
+            ),
+            "collector.frames_per_batch": (
+                collector.frames_per_batch % collector.num_envs != 0,
+                f"a multiple of collector.num_envs={collector.num_envs}",
+            ),
+            "optim.utd_ratio": (
+                steps < 1 or abs(steps - round(steps)) > 1e-6,
+                f"a whole number of steps per batch of collector.frames_per_batch={collector.frames_per_batch}",
+            ),
+        },
+    )
+
+
+def _refuse_for_many_seeds(config: SACConfig) -> None:
+    """Refuse what several agents at once cannot have."""
+    several = f"with num_seeds={config.num_seeds}"
+    refuse(
+        config,
+        {
+            "replay_buffer.prb": (config.replay_buffer.prb, f"false {several}"),
+            "replay_buffer.scratch_dir": (config.replay_buffer.scratch_dir is not None, f"null {several}"),
+            "acting": (config.acting == "best_of_experts", f"policy {several}"),
+            "optim.router_lr": (config.optim.router_lr is not None, f"null {several}"),
+            "on_nonfinite": (config.on_nonfinite == "skip", f"stop {several}"),
+            "logger.backend": (config.logger.backend is not None, f"null {several}; every seed has its metrics.csv"),
+            "collector.backend": (config.collector.backend == "parallel", f"serial, envpool or mjx {several}"),
+        },
+    )
+
+
+def refuse_target_entropy(config: SACConfig, action_size: int) -> None:
+    """Raise where no policy has the target entropy: the temperature would grow for ever.
+
+    Args:
+        config: a config.
+        action_size: dimensions of the action, each of which is in ``[-1, 1]``.
+
+    Raises:
+        UsageError: the line for ``optim.target_entropy``.
+    """
+    target, largest = config.optim.target_entropy, action_size * math.log(2)
+    allowed = f"auto or at most {largest:.4g}, the entropy of the uniform distribution between the action's bounds"
+    refuse(config, {"optim.target_entropy": (target != "auto" and target > largest, allowed)})

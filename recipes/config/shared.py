@@ -1,0 +1,192 @@
+"""The keys that several recipes have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from parts.errors import UsageError
+from parts.networks import ACTIVATIONS, POLICIES, UNIMODAL
+from pydantic import AfterValidator, Field
+from torchrl_pmoe.envs.making import Backend, unavailable
+
+from parts.typed_config import Allowed, Flag, Integer, Number, Size, Text, config_class, field, get, set_
+
+
+def _one_of(names: Any, value: str) -> str:
+    if value not in names:
+        raise ValueError(f"must be one of {', '.join(names)}")
+    return value
+
+
+# the registry is asked when a config is read, so that a script may add a policy of its own
+PolicyName = Annotated[
+    Text, AfterValidator(lambda value: _one_of(POLICIES, value)), Allowed("one of " + ", ".join(POLICIES))
+]
+Activation = Annotated[
+    Text, AfterValidator(lambda value: _one_of(ACTIVATIONS, value)), Allowed("one of " + ", ".join(ACTIVATIONS))
+]
+Experts = Annotated[Integer, Field(ge=1, le=1024)]
+Positive = Annotated[Number, Field(gt=0)]
+Threads = Annotated[Integer, Field(ge=1, le=256)]
+Seed = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
+Frames = Annotated[Integer, Field(ge=1)]
+EvalExpert = Literal["largest", "drawn"]
+LossFunction = Literal["l2", "l1", "smooth_l1"]
+
+
+@config_class
+class Compile:
+    """``torch.compile`` and CUDA graphs for the updates."""
+
+    enabled: Flag | None = field(None, "null: for a run of 50,000 updates or more; needs a C++ compiler")
+    cudagraphs: Flag = field(False, "replay an update as one CUDA graph (device=cuda)")
+
+
+@config_class
+class Logger:
+    """What is recorded, and how often a policy is evaluated."""
+
+    backend: Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"] | None = field(
+        None, "beside metrics.csv"
+    )
+    project_name: Text = field("torchrl_pmoe", "of the service")
+    eval_interval: Frames = field(10_000, "frames between two evaluations")
+    eval_episodes: Annotated[Integer, Field(ge=1, le=10_000)] = field(10, "episodes of an evaluation")
+    eval_max_steps: Frames = field(10_000, "an episode without a time limit of its own ends here")
+    progress_bar: Flag = field(True, "show one")
+
+
+@config_class
+class ExpertLogger(Logger):
+    """As :class:`Logger`, for a policy of experts."""
+
+    eval_expert: EvalExpert | None = field(
+        None, "largest: the mixture's mode; drawn: an expert from the router, its mean; null: the preset's"
+    )
+
+
+@config_class
+class Checkpoint:
+    """Checkpoints of the run."""
+
+    interval: Frames = field(20_000, "frames between two checkpoints")
+    keep: Frames = field(2, "the newest ones")
+
+
+@config_class
+class Collector:
+    """Where frames come from."""
+
+    num_envs: Annotated[Integer, Field(ge=1, le=2**20)] = field(1, "environments")
+    backend: Backend = field("serial", "one after the other | processes | extra envpool | extra mjx (device=cuda too)")
+
+
+@config_class
+class Optim:
+    """The optimiser."""
+
+    lr: Positive = field(3e-4, "of Adam")
+    router_lr: Positive | None = field(None, "of the router; null: lr")
+    weight_decay: Annotated[Number, Field(ge=0)] = field(0.0)
+    adam_eps: Positive = field(1e-8)
+    gamma: Annotated[Number, Field(ge=0, le=1)] = field(0.99, "discount")
+    num_threads: Threads | None = field(None, "null: PyTorch's own choice")
+
+
+# ----------------------------------------------------------------------------------------- rules over several keys
+
+
+def refuse(config: Any, refused: dict[str, tuple[bool, str]]) -> None:
+    """Raise for the first key whose condition holds.
+
+    Args:
+        config: a typed config.
+        refused: by key, whether its value cannot go with the others, and what it must be.
+
+    Raises:
+        UsageError: the line for that key.
+    """
+    for key, (bad, must) in refused.items():
+        if bad:
+            value = get(config, key)
+            raise UsageError(f"{key}={'null' if value is None else value}: must be {must}")
+
+
+def refuse_machine(config: Any) -> None:
+    """Refuse what this machine does not have: packages of loggers and backends, a GPU for CUDA graphs."""
+    from importlib.util import find_spec
+
+    backend = config.logger.backend
+    if backend not in (None, "csv") and find_spec(backend) is None:
+        raise UsageError(
+            f"logger.backend={backend}: must be csv or null without the package {backend}: pip install {backend}"
+        )
+    on_gpu = str(config.device).startswith("cuda")
+    why = unavailable(config.collector.backend, config.env, config.env_kwargs)
+    refuse(
+        config,
+        {
+            "compile.cudagraphs": (config.compile.cudagraphs and not on_gpu, f"false with device={config.device}"),
+            "collector.backend": (why is not None, f"serial or parallel {why}"),
+        },
+    )
+
+
+def fill(config: Any, paper: dict[str, Any], fills: dict[str, Any], *, for_unimodal: tuple[str, ...] = ()) -> None:
+    """Fill in the keys that were left to the preset; a policy without a draw of experts has only ``for_unimodal``.
+
+    Args:
+        config: changed in place.
+        paper: what ``preset=paper`` stands for.
+        fills: the values of the keys that are null.
+        for_unimodal: the keys that mean something to a policy that draws no expert.
+
+    Raises:
+        UsageError: where a key contradicts the preset.
+    """
+    refuse(
+        config,
+        {
+            "preset": (
+                config.preset == "paper" and config.policy in UNIMODAL,
+                f"null with policy={config.policy}, it is a combination for policy=pmoe",
+            )
+        },
+    )
+    for key, value in fills.items():
+        given = get(config, key)
+        contradicts = config.preset == "paper" and given not in (None, paper[key])
+        refuse(config, {key: (contradicts, f"{paper.get(key)} or null with preset=paper")})
+        if config.policy in UNIMODAL and key not in for_unimodal:
+            set_(config, key, None)  # a sweep over policies may name them
+        elif given is None:
+            set_(config, key, value)
+
+
+def fill_num_experts(config: Any, by_task: dict[str, int]) -> None:
+    """The paper's number of experts for its tasks, by their names without a version; 4 elsewhere."""
+    if config.num_experts is None:
+        config.num_experts = by_task.get(config.env.split("-")[0], 4)
+
+
+__all__ = [
+    "Activation",
+    "Checkpoint",
+    "Collector",
+    "Compile",
+    "EvalExpert",
+    "ExpertLogger",
+    "Experts",
+    "Frames",
+    "Logger",
+    "LossFunction",
+    "Optim",
+    "PolicyName",
+    "Positive",
+    "Seed",
+    "Size",
+    "fill",
+    "fill_num_experts",
+    "refuse",
+    "refuse_machine",
+]

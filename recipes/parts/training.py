@@ -1,0 +1,634 @@
+"""What happens around a training, whatever is trained: optimiser, collector, trainer, records, signals."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torchrl._utils import logger as torchrl_logger
+from torchrl.checkpoint import CheckpointError, GlobalRNGState
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
+from torchrl.modules import ProbabilisticActor
+from torchrl.objectives import LossModule
+from torchrl.record.loggers import Logger
+from torchrl.trainers import Trainer
+from torchrl_pmoe.envs.making import worker_fault
+from torchrl_pmoe.runs import (
+    CheckpointLog,
+    EpisodeState,
+    Evaluator,
+    MetricsFile,
+    RecordedEvaluation,
+    RunDirectory,
+    VerifiedCheckpoint,
+    run_logger,
+)
+from torchrl_pmoe.runs.evaluation import isolated_rng
+from torchrl_pmoe.trainers import (
+    ExpertCollapse,
+    FiniteBatch,
+    FiniteLoss,
+    FusedOptimizationStepper,
+    NonFiniteError,
+    PeriodicEvaluation,
+    ProgressBar,
+)
+
+from parts import process
+from parts.errors import Interrupted, RunError, UsageError, cause
+from parts.figures import draw_learning_curve
+from parts.resume import does_not_fit, how_to_resume
+
+# updates that win back the time of compiling them, with much to spare
+WORTH_COMPILING = 50_000
+NO_COMPILER = "there is no C++ compiler: g++, clang++ on macOS, or what CXX names"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+# ------------------------------------------------------------------------------------------------ process
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of PyTorch and NumPy."""
+    torch.manual_seed(seed)
+    # environments may still draw from NumPy's global generator
+    np.random.seed(seed)  # noqa: NPY002
+
+
+def prepare_torch(num_threads: int | None) -> None:
+    """Settings of the whole process: threads, and the checks and messages that a run does without."""
+    torchrl_logger.setLevel("WARNING")
+    # a check of every distribution's parameters costs more than drawing from it
+    torch.distributions.Distribution.set_default_validate_args(False)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+# ----------------------------------------------------------------------------------------------- compiling
+
+
+def has_compiler() -> bool:
+    """Whether PyTorch finds the C++ compiler that compiled updates need, on a GPU for the code of the host."""
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return False
+    return True
+
+
+def choose_compile(options: Any, updates: float) -> None:
+    """Put true or false in the place of an unset ``compile.enabled``.
+
+    The number of updates decides, and nothing that is installed; only where updates are to be compiled and there is no
+    compiler they run eagerly, and the run says so.
+
+    Args:
+        options: with ``enabled``, changed in place.
+        updates: of the whole run.
+
+    Raises:
+        UsageError: where updates were asked to be compiled and there is no compiler.
+    """
+    if options.enabled is None:
+        options.enabled = updates >= WORTH_COMPILING and has_compiler()
+    elif options.enabled and not has_compiler():
+        raise UsageError(f"compile.enabled=True: must be false or null where {NO_COMPILER}")
+
+
+def announce(about: str, updates: float, *, compiled: bool) -> None:
+    """Say what is about to be trained, whether its updates are compiled, and why the first takes long, where it does."""
+    as_wished = compiled or updates < WORTH_COMPILING or has_compiler()
+    why = "" if as_wished else f" ({NO_COMPILER})"
+    print(f"{about}, compile.enabled={str(compiled).lower()}{why}")
+    if compiled:
+        print("updates are compiled: the first takes about half a minute (compile.enabled=false leaves it out)")
+
+
+# ------------------------------------------------------------------------------------------- what trains
+
+
+def build_optimizer(
+    loss: LossModule,
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    router: Sequence[torch.nn.Parameter] = (),
+    router_lr: float | None = None,
+) -> torch.optim.Optimizer:
+    """One Adam for everything that the loss trains; the router of an actor may have a rate of its own."""
+    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if router_lr is not None:
+        apart = {id(parameter) for parameter in router}
+        groups = [
+            {"params": [p for p in parameters if id(p) not in apart]},
+            {"params": [p for p in parameters if id(p) in apart], "lr": router_lr},
+        ]
+    return torch.optim.Adam(groups, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def build_collector(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    frames_per_batch: int,
+    init_random_frames: int = 0,
+    device: torch.device | str = "cpu",
+) -> Collector:
+    """Collects batches of frames with the policy that is being trained, random actions first."""
+    # frames stay where the environments make them: with mjx on a GPU, nothing passes through the host
+    there = env.device or "cpu"
+    return Collector(
+        env,
+        policy,
+        frames_per_batch=frames_per_batch,
+        total_frames=-1,
+        # whole batches, as the collector makes of it with a warning
+        init_random_frames=-(-init_random_frames // frames_per_batch) * frames_per_batch,
+        policy_device=device,
+        env_device=there,
+        storing_device=there,
+        exploration_type=ExplorationType.RANDOM,
+        track_traj_ids=False,
+        trust_policy=True,
+        auto_register_policy_transforms=False,
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Checkpoints of a run.
+
+    Args:
+        interval: frames between two.
+        keep: how many.
+        metadata: what a checkpoint says of its run.
+        unsaved: components that are left out.
+    """
+
+    interval: int
+    keep: int = 2
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    unsaved: frozenset[str] = frozenset()
+
+
+def build_trainer(
+    run_dir: Path,
+    *,
+    collector: Collector,
+    total_frames: int,
+    loss: LossModule,
+    optimizer: torch.optim.Optimizer,
+    stepper: FusedOptimizationStepper,
+    checkpoints: CheckpointOptions,
+    seed: int,
+    **kwargs: Any,
+) -> Trainer:
+    """TorchRL's trainer with checkpoints in ``run_dir``, which stops before a bad frame gets anywhere.
+
+    Args:
+        run_dir: of the run.
+
+    Keyword Args:
+        collector: of frames.
+        total_frames: of the run.
+        loss: to be minimised.
+        optimizer: of its parameters.
+        stepper: makes the updates.
+        checkpoints: how often, and what they say.
+        seed: of the run; environments whose state cannot be kept begin anew from it.
+        **kwargs: of the trainer.
+    """
+    metadata = dict(checkpoints.metadata)
+    trainer = Trainer(
+        collector=collector,
+        total_frames=total_frames,
+        frame_skip=1,
+        loss_module=loss,
+        optimizer=optimizer,
+        optimization_stepper=stepper,
+        progress_bar=False,
+        # the trainer saves once more frames than this have passed
+        save_trainer_interval=checkpoints.interval - 1,
+        checkpoint=VerifiedCheckpoint(rng=GlobalRNGState(), episodes=EpisodeState(collector, seed)),
+        checkpoint_rotation=RunDirectory(run_dir).rotation(checkpoints.keep),
+        checkpoint_metadata=lambda trainer: metadata,
+        auto_log_optim_steps=False,
+        **kwargs,
+    )
+    FiniteBatch(["observation", ("next", "observation"), ("next", "reward")]).register(trainer)
+    FiniteLoss(stepper).register(trainer)
+    return trainer
+
+
+def watch_experts(trainer: Trainer, actor: ProbabilisticActor, states: Callable[[], TensorDictBase]) -> None:
+    """Warn once when one expert takes over.
+
+    Args:
+        trainer: of the run.
+        actor: the policy.
+        states: that it has met lately, ``[B]``.
+    """
+
+    @torch.no_grad()
+    def usage() -> Tensor:
+        return actor.get_dist(states()).probs.mean(0)
+
+    ExpertCollapse(
+        usage,
+        advice="a smaller optim.router_lr slows that, routing=soft_frequency keeps several experts, "
+        "and routing=none tells whether they are needed (docs: when experts collapse)",
+    ).register(trainer)
+
+
+# ------------------------------------------------------------------------------------------ train and record
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How a policy is evaluated during a run.
+
+    Args:
+        env: Gymnasium id.
+        env_kwargs: of the environment.
+        interval: frames between two evaluations.
+        episodes: of an evaluation.
+        max_steps: an episode is cut here.
+        device: of the policy.
+    """
+
+    env: str
+    env_kwargs: Mapping[str, Any]
+    interval: int
+    episodes: int
+    max_steps: int
+    device: str
+
+    def evaluator(self, policy: TensorDictModuleBase, seed: int, stopped: Callable[[], bool]) -> Evaluator:
+        """Evaluates a policy of actions in ``[-1, 1]``, in episodes that no training has; ``seed`` is the run's."""
+        return Evaluator(
+            self.env,
+            policy,
+            episodes=self.episodes,
+            max_steps=self.max_steps,
+            seed=seed + 1_000_000,
+            device=self.device,
+            env_kwargs=self.env_kwargs,
+            stopped=stopped,
+        )
+
+
+@dataclass(frozen=True)
+class LoggerOptions:
+    """Where a run is recorded beside ``metrics.csv``.
+
+    Args:
+        backend: of :func:`torchrl_pmoe.runs.run_logger`; ``None`` for none.
+        project: of the service.
+        hparams: sent to it.
+        progress_bar: whether to show one.
+    """
+
+    backend: str | None = None
+    project: str = "torchrl_pmoe"
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    progress_bar: bool = True
+
+    @contextmanager
+    def open(self, run_dir: Path) -> Iterator[Logger | None]:
+        """The logger, ``None`` without one.
+
+        Raises:
+            UsageError: where it cannot be opened.
+        """
+        with ExitStack() as stack:
+            logger = None
+            if self.backend is not None:
+                try:
+                    logger = stack.enter_context(
+                        run_logger(self.backend, run_dir, project=self.project, hparams=self.hparams)
+                    )
+                # services of other people raise what they like
+                except Exception as error:
+                    raise UsageError(
+                        f"logger.backend={self.backend}: must be one that can be written to "
+                        f"({process.describe(error)})"
+                    ) from error
+            yield logger
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One agent of a run, and what is recorded of it.
+
+    Args:
+        policy: that is evaluated; reads raw observations, acts in ``[-1, 1]``.
+        seed: its own.
+        directory: of its records.
+        title: of its picture.
+    """
+
+    policy: TensorDictModuleBase
+    seed: int
+    directory: Path
+    title: str
+
+
+Measure = Callable[[], list[dict[str, float]]]
+"""Returns the columns of each agent's row but clocks and returns; always the same ones."""
+
+
+def train_and_record(
+    trainer: Trainer,
+    run_dir: Path,
+    agents: Sequence[Agent],
+    measure: Measure,
+    *,
+    about: str,
+    updates: float,
+    evaluation: EvaluationOptions,
+    logging: LoggerOptions,
+    checkpoints: CheckpointOptions,
+    checkpoint: Path | None = None,
+    on_resume: Callable[[], None] = lambda: None,
+    begin: Callable[[], None] = lambda: None,
+    only_if_unfinished: bool = False,
+) -> None:
+    """Train to the end; leave ``metrics.csv`` and ``learning_curve.png`` of every agent.
+
+    Args:
+        trainer: made by :func:`build_trainer`, with its hooks; it counts the frames of all agents.
+        run_dir: of the run.
+        agents: evaluated.
+        measure: the other columns of their rows.
+
+    Keyword Args:
+        about: printed before the first frame, after all that can be wrong with the input.
+        updates: of the whole run.
+        evaluation: how policies are evaluated; its interval counts the frames of one agent.
+        logging: where else the rows go.
+        checkpoints: of the run.
+        checkpoint: to go on from.
+        on_resume: called once it is loaded.
+        begin: called before the first frame; a run that was refused has not come that far.
+        only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
+
+    Raises:
+        Interrupted: if a signal has ended it, after a checkpoint.
+        RunError: in one line, for any other end; the last checkpoint stays whole.
+        UsageError: where the checkpoint or the logger cannot be used.
+    """
+    stepper, number = trainer.optimization_stepper, len(agents)
+    received: list[int] = []
+    metrics = [MetricsFile(agent.directory) for agent in agents]
+    evaluators = [evaluation.evaluator(agent.policy, agent.seed, lambda: bool(received)) for agent in agents]
+
+    def checked() -> list[dict[str, float]]:
+        stepper.check()
+        columns = measure()
+        if stepper.on_nonfinite == "skip":
+            columns = [{**row, "skipped_updates": stepper.skipped} for row in columns]
+        return columns
+
+    def written(rows: list[dict[str, float]], frames: int) -> None:
+        stepper.reset()
+        if logger is not None:
+            for key, value in rows[0].items():
+                logger.log_scalar(key, value, step=frames)
+
+    recorded = RecordedEvaluation(evaluators, metrics, checked, written)
+    PeriodicEvaluation(lambda frames: recorded(frames // number), evaluation.interval * number).register(trainer)
+    trainer.checkpoint.register("evaluation", recorded)
+    trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - checkpoints.unsaved
+    if checkpoint is not None:
+        _resume(trainer, run_dir, checkpoint, recorded, number, finished=only_if_unfinished)
+        if trainer.collected_frames >= trainer.total_frames and not recorded.given_up:
+            recorded.close()
+            return
+        on_resume()
+        recorded.resume(trainer.collected_frames // number)
+
+    def status() -> dict[str, str]:
+        returns = [one.last["return_mean"] for one in metrics if "return_mean" in one.last]
+        entropy = stepper.means().get("routing_entropy", metrics[0].last.get("routing_entropy"))
+        shown = {
+            "return" if number == 1 else "mean return": sum(returns) / len(returns) if returns else None,
+            "routing entropy": entropy,
+        }
+        return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
+
+    with closing(recorded), logging.open(run_dir) as logger:
+        for agent in agents:
+            agent.directory.mkdir(parents=True, exist_ok=True)
+        begin()
+        announce(about, updates, compiled=stepper.compile)
+        bar = ProgressBar(
+            trainer.total_frames, status, initial=trainer.collected_frames, disable=not logging.progress_bar
+        )
+        bar.register(trainer)
+        with closing(bar):
+            run_to_the_end(trainer, run_dir, recorded, received, lambda: _draw(agents, metrics))
+    if stepper.on_nonfinite == "skip":
+        print(f"left out: {stepper.skipped} updates")
+
+
+def mean_columns(stepper: FusedOptimizationStepper, columns: Sequence[str]) -> dict[str, float]:
+    """The means of some outputs of the loss since the last evaluation; nan for those that it does not have."""
+    means = stepper.means()
+    return {key: means.get(key, float("nan")) for key in columns}
+
+
+def _draw(agents: Sequence[Agent], metrics: Sequence[MetricsFile]) -> None:
+    for agent, one in zip(agents, metrics, strict=True):
+        if one.last:
+            draw_learning_curve(one.path, agent.title)
+
+
+def _resume(
+    trainer: Trainer, run_dir: Path, checkpoint: Path, recorded: RecordedEvaluation, agents: int, *, finished: bool
+) -> None:
+    """Load a checkpoint into a trainer whose hooks are registered.
+
+    Raises:
+        UsageError: where it does not fit, or has the frames already and may not (``finished``).
+    """
+    directory = RunDirectory(run_dir)
+    later = [path for path in directory.checkpoints() if path.name > checkpoint.name]
+    try:
+        directory.resume(trainer, checkpoint)
+    except CheckpointError as error:
+        raise UsageError(f"resume={does_not_fit(checkpoint, error)}") from error
+    if trainer.collected_frames >= trainer.total_frames and not (finished or recorded.given_up):
+        raise UsageError(
+            f"total_frames={trainer.total_frames // agents}: must be above the {trainer.collected_frames // agents} "
+            f"frames that resume={checkpoint} has"
+        )
+    for path in later:
+        print(f"{path} is of a later frame: now set-aside-{path.name}")
+    line = f"goes on at frame {trainer.collected_frames:,} from {checkpoint.name}"
+    if trainer.checkpoint.components["episodes"].fresh:
+        line += "; this environment's state cannot be restored: new episodes begin"
+    print(line)
+
+
+# ------------------------------------------------------------------------------------------------- endings
+
+
+@contextmanager
+def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
+    """Let the first signal end the training after its batch, with a checkpoint; another one acts at once.
+
+    Args:
+        trainer: to be stopped.
+        received: filled with the numbers of the signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in process.endings()}
+
+    def handle(number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGHUP":
+            # a closed terminal sends it, and so does the shell that it ends: it is no second word
+            process.leave_terminal()
+        elif any(signal.Signals(other).name != "SIGHUP" for other in received):
+            usual = before[number]
+            if callable(usual):
+                usual(number, frame)
+            else:
+                # the system's own, where no recipe was started: in a user's script or another launcher's process
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+        received.append(number)
+        trainer.request_stop(name)
+        # the interpreter may be printing just now, and whoever reads that may have ended by the same signal
+        with suppress(OSError):
+            os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
+        trainer.optimization_stepper.stop_compiling()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
+
+
+def run_to_the_end(
+    trainer: Trainer, run_dir: Path, recorded: RecordedEvaluation, received: list[int], draw: Callable[[], None]
+) -> None:
+    """Train; whatever ends it, the picture is drawn.
+
+    Args:
+        trainer: with its hooks.
+        run_dir: of the run.
+        recorded: an evaluation that an earlier run gave up comes first.
+        received: filled with the numbers of the signals that end it.
+        draw: draws the picture.
+
+    Raises:
+        Interrupted: if a signal has ended it, after a checkpoint.
+        RunError: in one line, for any other end; the last checkpoint stays whole.
+    """
+    trainer.checkpoint.on_saved = log = CheckpointLog(run_dir)
+    # a collector that is shut down lets go of it, and its processes may have said what went wrong
+    env = trainer.collector.env
+    undrawn = None
+    with finish_on_signal(trainer, received):
+        try:
+            _train(trainer, recorded, received)
+        except Exception as error:
+            # a tensordict's context manager answers an interrupt with an error of its own
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            with suppress(Exception):
+                # its processes, where the next job of a sweep has its own
+                trainer.collector.shutdown()
+            raise RunError(f"{what_ended(error, trainer, env, run_dir)}, {what_is_left(run_dir)}") from error
+        finally:
+            try:
+                draw()
+            # what ended the run is told, and a full disk has no room for a picture either
+            except Exception as error:
+                undrawn = error
+    print(log)
+    if undrawn is not None:
+        warnings.warn(f"there is no picture of the run ({process.describe(undrawn)})", stacklevel=1)
+    if received and (trainer.collected_frames < trainer.total_frames or recorded.given_up):
+        raise Interrupted(received[0], f"at frame {trainer.collected_frames:,}, with a checkpoint")
+
+
+def _train(trainer: Trainer, recorded: RecordedEvaluation, received: list[int]) -> None:
+    if recorded.given_up:
+        trainer._modules["periodic_evaluation"].now()
+    if trainer.collected_frames < trainer.total_frames and not received:
+        trainer.train()
+        return
+    if not recorded.given_up:
+        trainer.save_trainer(force_save=True)
+    trainer.collector.shutdown()
+
+
+def what_ended(error: Exception, trainer: Trainer, env: EnvBase, run_dir: Path) -> str:
+    """Why a training could not go on, in one line; the traceback of what nobody has foreseen is kept."""
+    if isinstance(error, NonFiniteError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        reason = f"a file could not be written: {error.strerror}"
+    elif isinstance(error, CheckpointError):
+        reason = str(error)
+    else:
+        if (fault := worker_fault(env)) is not None:
+            line, trace = fault
+            error.__cause__ = RuntimeError(f"in a process of its own:\n{trace}")
+        else:
+            line = cause(error)
+        reason = f"{line} ({process.keep_traceback(error, run_dir)})"
+    return f"frame {trainer.collected_frames}: {reason}; the run stops here"
+
+
+def what_is_left(run_dir: Path) -> str:
+    """The last checkpoint of a run, and how to go on from it."""
+    last = RunDirectory(run_dir).rotation().latest()
+    if last is None:
+        return "there is no checkpoint yet"
+    return f"{last.name} is whole; {how_to_resume(run_dir)}"
+
+
+__all__ = [
+    "Agent",
+    "CheckpointOptions",
+    "EvaluationOptions",
+    "LoggerOptions",
+    "announce",
+    "build_collector",
+    "build_optimizer",
+    "build_trainer",
+    "choose_compile",
+    "isolated_rng",
+    "mean_columns",
+    "prepare_torch",
+    "seed_everything",
+    "train_and_record",
+    "watch_experts",
+]

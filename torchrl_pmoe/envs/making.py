@@ -1,0 +1,307 @@
+"""Environments by name, ready for a collector: float32, actions in ``[-1, 1]``, seeded, on any backend."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torchrl.envs import DoubleToFloat, DTypeCastTransform, EnvBase, GymWrapper, SerialEnv, TransformedEnv
+
+from torchrl_pmoe.envs.action_units import normalize_actions
+from torchrl_pmoe.envs.envpool_env import EnvPoolEnv
+from torchrl_pmoe.envs.mujoco_tasks import MUJOCO_TASKS, mujoco_task
+from torchrl_pmoe.envs.parallel import parallel_env
+from torchrl_pmoe.envs.physics import has_mjx, quiet_mujoco
+
+__all__ = ["Backend", "EnvironmentFault", "make_env", "make_gym_env", "try_env", "worker_fault"]
+
+Backend = Literal["serial", "parallel", "envpool", "mjx"]
+"""Where a batch of environments runs: one after the other in this process, one process each, EnvPool, or MJX."""
+
+_FLOATS = (np.float16, np.float32, np.float64)
+
+
+class EnvironmentFault(ValueError):
+    """An environment that cannot be made, reset or stepped, or whose spaces do not fit; one line says what must be.
+
+    Where the environment itself has raised, that error is the ``__cause__``.
+    """
+
+
+def make_env(
+    name: str,
+    *,
+    num_envs: int = 1,
+    seed: int = 0,
+    env_kwargs: Mapping[str, Any] | None = None,
+    backend: Backend = "serial",
+    device: torch.device | str | None = None,
+    clip_actions: bool = False,
+) -> EnvBase:
+    """A seeded TorchRL environment in float32, with every dimension of its action in ``[-1, 1]``.
+
+    Args:
+        name: Gymnasium id.
+
+    Keyword Args:
+        num_envs: ``N``; the batch size is ``[]`` for one environment on ``"serial"``, else ``[N]``.
+        seed: of the first environment; the seeds of the others follow from it.
+        env_kwargs: arguments of the environment.
+        backend: where the environments run.
+        device: of the physics, on ``"mjx"``.
+        clip_actions: take actions of any size and clip them into ``[-1, 1]``.
+
+    Raises:
+        EnvironmentFault: where the environment cannot be made, or not on this backend.
+
+    Examples:
+        >>> make_env("Pendulum-v1", num_envs=2).rollout(3)["action"].shape
+        torch.Size([2, 3, 1])
+    """
+    if (why := unavailable(backend, name, env_kwargs)) is not None:
+        raise EnvironmentFault(f"backend={backend}: must be serial or parallel {why}")
+    if backend == "mjx":
+        batched: EnvBase = mujoco_task(name, num_envs, seed=seed, device=device)
+        return normalize_actions(batched, clip=clip_actions)
+    if backend == "envpool":
+        return normalize_actions(EnvPoolEnv(name, num_envs, seed=seed), clip=clip_actions)
+    env: EnvBase
+    if backend == "parallel":
+        handle, fault_file = tempfile.mkstemp(prefix="torchrl_pmoe-")
+        os.close(handle)
+        single = partial(_make_single, name, env_kwargs, clip_actions=clip_actions, fault_file=fault_file)
+        env = parallel_env(num_envs, single)
+        env.fault_file = fault_file
+        weakref.finalize(env, Path(fault_file).unlink, missing_ok=True)
+    else:
+        single = partial(_make_single, name, env_kwargs, clip_actions=clip_actions)
+        env = single() if num_envs == 1 else SerialEnv(num_envs, single)
+    env.set_seed(seed)
+    return env
+
+
+def _make_single(
+    name: str, env_kwargs: Mapping[str, Any] | None, *, clip_actions: bool, fault_file: str | None = None
+) -> EnvBase:
+    gym_env = make_gym_env(name, env_kwargs)
+    if fault_file is not None:
+        gym_env = _ReportFault(gym_env, fault_file)
+    env = TransformedEnv(GymWrapper(gym_env), DoubleToFloat())
+    if torch.float16 in (env.observation_spec["observation"].dtype, env.action_spec.dtype):
+        env.append_transform(DTypeCastTransform(torch.float16, torch.float32))
+    return normalize_actions(env, clip=clip_actions)
+
+
+def unavailable(backend: Backend, name: str, env_kwargs: Mapping[str, Any] | None = None) -> str | None:
+    """Why a backend cannot run an environment, to be read after "must be serial or parallel"; ``None`` if it can."""
+    # in this order: EnvPool is asked for its tasks only where it is installed
+    reasons: dict[str, list[tuple[Callable[[], bool], str]]] = {
+        "envpool": [
+            (lambda: find_spec("envpool") is None, "without the package envpool: pip install 'torchrl_pmoe[envpool]'"),
+            (lambda: not EnvPoolEnv.available(name), f"with env={name}, which EnvPool does not have"),
+            (lambda: bool(env_kwargs), "with env_kwargs, which EnvPool's tasks do not take"),
+        ],
+        "mjx": [
+            (lambda: not has_mjx(), "without jax and mujoco-mjx: pip install 'torchrl_pmoe[mjx]'"),
+            (lambda: name not in MUJOCO_TASKS, f"with env={name}; mjx has {', '.join(MUJOCO_TASKS)}"),
+            (lambda: bool(env_kwargs), "with env_kwargs, which mjx's tasks do not take"),
+        ],
+    }
+    return next((why for holds, why in reasons.get(backend, []) if holds()), None)
+
+
+# ------------------------------------------------------------------------------------------ one environment
+
+
+def make_gym_env(name: str, env_kwargs: Mapping[str, Any] | None = None, *, checked: bool = True) -> gym.Env:
+    """A Gymnasium environment with a vector of observations and a bounded vector of actions.
+
+    Args:
+        name: Gymnasium id.
+        env_kwargs: arguments of the environment.
+
+    Keyword Args:
+        checked: let Gymnasium look at the first step and warn of what is unusual.
+
+    Raises:
+        EnvironmentFault: where there is no such environment, it cannot be made, or its spaces are others.
+    """
+    try:
+        with _without_deprecation_notes():
+            env = gym.make(name, disable_env_checker=None if checked else True, **(env_kwargs or {}))
+    # an environment's own constructor may raise anything
+    except Exception as error:
+        raise EnvironmentFault(_why_not_made(name, env_kwargs, error)) from error
+    if (allowed := _misfit(env.observation_space, env.action_space)) is not None:
+        env.close()
+        raise EnvironmentFault(f"env={name}: must be {allowed}")
+    return env
+
+
+@contextmanager
+def _without_deprecation_notes() -> Iterator[None]:
+    """Leave out the two lines that every MuJoCo v4 task prints when it is made."""
+    with warnings.catch_warnings(), quiet_mujoco():
+        for message in (".*is out of date.*", ".*Using the latest versioned.*"):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def _misfit(observation: gym.Space, action: gym.Space) -> str | None:
+    """What an environment must be whose spaces cannot be used; ``None`` if they can."""
+    if not isinstance(action, gym.spaces.Box):
+        return f"an environment with a Box of continuous actions, this one has {_one_line(action)}"
+    if action.dtype not in _FLOATS or len(action.shape) != 1 or not action.shape[0]:
+        return f"an environment with a vector of continuous actions, this one has {_one_line(action)}"
+    if not np.isfinite(width := _width(action)).all():
+        return f"an environment with bounded actions, which are scaled to [-1, 1]; this one has {_one_line(action)}"
+    if not (width > 0).all():
+        return f"an environment with actions whose bounds differ, this one has {_one_line(action)}"
+    if not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 1:
+        flattened = "gymnasium.wrappers.FlattenObservation makes one of others"
+        return f"an environment with a Box vector of observations ({flattened}), this one has {_one_line(observation)}"
+    if observation.dtype not in _FLOATS or not observation.shape[0]:
+        cast = "gymnasium.wrappers.DtypeObservation casts others"
+        return f"an environment with floating-point observations ({cast}), this one has {_one_line(observation)}"
+    return None
+
+
+def _width(box: gym.spaces.Box) -> np.ndarray:
+    """How far apart the bounds are, in the float32 that policies compute in."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return box.high.astype(np.float32) - box.low.astype(np.float32)
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+def _describe(error: BaseException) -> str:
+    """An error in one line, without a terminal's colours."""
+    words = re.sub(r"\x1b\[[0-9;]*m", "", _one_line(error))[:300]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _with_line(error: BaseException) -> str:
+    """An error in one line, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{_describe(error)} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+
+
+def _why_not_made(name: str, env_kwargs: Mapping[str, Any] | None, error: Exception) -> str:
+    """Why there is no environment, in one line: its id, its arguments, or a fault of its own."""
+    id = name.rpartition(":")[2]
+    if id not in gym.registry and not any(key.startswith(f"{id}-v") for key in gym.registry):
+        return f"env={name}: must be the id of an installed Gymnasium environment ({_describe(error)})"
+    if env_kwargs and isinstance(error, TypeError | ValueError | LookupError | AssertionError | gym.error.Error):
+        return f"env_kwargs={dict(env_kwargs)}: must be arguments of {name} ({_describe(error)})"
+    given = f"with env_kwargs={dict(env_kwargs)} it raised" if env_kwargs else "it raised"
+    return f"env={name}: must be an environment that can be made; {given} {_with_line(error)}"
+
+
+_TRIED: set[str] = set()
+
+
+def try_env(name: str, env_kwargs: Mapping[str, Any] | None = None) -> None:
+    """Take one step in an environment that is thrown away, so that its faults show before any work.
+
+    Args:
+        name: Gymnasium id; what was tried once in this process is not tried again.
+        env_kwargs: arguments of the environment.
+
+    Raises:
+        EnvironmentFault: where it cannot be made, reset or stepped, or what it returns is not what its spaces say.
+    """
+    if (key := f"{name} {dict(env_kwargs or {})}") in _TRIED:
+        return
+    with closing(make_gym_env(name, env_kwargs, checked=False)) as env, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        observations: dict[str, Any] = {}
+        reward: Any
+        doing = "reset"
+        try:
+            observations["reset"], _ = env.reset(seed=0)
+            env.action_space.seed(0)
+            doing = "step"
+            observations["step"], reward, *_ = env.step(env.action_space.sample())
+        # an environment may raise anything
+        except Exception as error:
+            raise EnvironmentFault(
+                f"env={name}: must be an environment that can be reset and stepped; its {doing} raised "
+                f"{_with_line(error)}"
+            ) from error
+        shape: Any = env.observation_space.shape
+    for doing, observation in observations.items():
+        if np.shape(observation) != shape:
+            raise EnvironmentFault(
+                f"env={name}: must be an environment with observations of shape {shape} as its space says; "
+                f"its {doing} returned shape {np.shape(observation)}"
+            )
+    if np.shape(reward) != () or not hasattr(reward, "__float__"):
+        found = f"shape {np.shape(reward)}" if np.shape(reward) else type(reward).__name__
+        scalar = "gymnasium.wrappers.TransformReward makes it one"
+        raise EnvironmentFault(
+            f"env={name}: must be an environment whose reward is a number ({scalar}), this one has {found}"
+        )
+    _TRIED.add(key)
+
+
+# ---------------------------------------------------------------------------------------- faults in workers
+
+
+class _ReportFault(gym.Wrapper):
+    """In a worker process: writes what the environment raises into a file, and ends the process without a word.
+
+    Args:
+        env: the environment.
+        file: gets the error in one line, then the traceback.
+    """
+
+    def __init__(self, env: gym.Env, file: str) -> None:
+        super().__init__(env)
+        self._file = file
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        with self._reported():
+            return self.env.reset(**kwargs)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        with self._reported():
+            return self.env.step(action)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        # an environment may raise anything
+        except Exception as error:
+            text = "".join(traceback.format_exception(error))
+            Path(self._file).write_text(f"{_describe(error)}\n{text}", encoding="utf-8")
+            raise SystemExit(1) from None
+
+
+def worker_fault(env: EnvBase) -> tuple[str, str] | None:
+    """What an environment of :func:`make_env` has raised in a worker process.
+
+    Returns:
+        The error in one line and its traceback; ``None`` where nothing was raised or there is no worker process.
+    """
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    file = getattr(env, "fault_file", None)
+    text = Path(file).read_text(encoding="utf-8") if file is not None and Path(file).is_file() else ""
+    line, _, trace = text.partition("\n")
+    return (line, trace) if line else None

@@ -1,0 +1,195 @@
+"""Running normalisation of observations and rewards, for on-policy training: one transform for every backend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.data import Composite, Unbounded
+from torchrl.envs.transforms import Transform
+
+__all__ = ["NormalizeObservationAndReward", "NormalizedPolicy", "RunningMoments"]
+
+EPSILON = 1e-8
+# what Gymnasium's statistics count before the first observation
+_INITIAL_COUNT = 1e-4
+RECENT_EPISODES = 100
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all rows that were ever seen, as Gymnasium's ``RunningMeanStd`` computes them.
+
+    On the device of the rows, in float64 and without a look at their values.
+
+    Args:
+        shape: of one row.
+        device: of the rows.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, shape: torch.Size | tuple[int, ...] = (), device: torch.device | None = None) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64, device=device))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64, device=device))
+        self.register_buffer("count", torch.full((), _INITIAL_COUNT, dtype=torch.float64, device=device))
+
+    def update(self, rows: Tensor, seen: Tensor | None = None) -> None:
+        """Take in rows ``[N, *shape]``, or those of them where ``seen`` ``[N]`` holds."""
+        rows = rows.double()
+        weight = torch.ones_like(rows[:, :1] if rows.ndim > 1 else rows)  # [N, 1], or [N] for scalar rows
+        if seen is not None:
+            weight = weight * seen.reshape(weight.shape)
+        number = weight.sum()
+        mean = (rows * weight).sum(0) / number.clamp_min(1)  # [*shape]
+        var = ((rows - mean).square() * weight).sum(0) / number.clamp_min(1)
+        delta, total = mean - self.mean, self.count + number
+        moment = self.var * self.count + var * number + delta.square() * self.count * number / total
+        self.mean, self.var, self.count = self.mean + delta * number / total, moment / total, total
+
+
+class NormalizeObservationAndReward(Transform):
+    """Normalises observations and rewards by running statistics that all environments share.
+
+    Observations become ``(o - mean) / std``, rewards are divided by the standard deviation of the discounted return;
+    both are clipped. The formulas are those of Gymnasium's ``NormalizeObservation`` and ``NormalizeReward``; every step
+    and every reset updates the statistics. Everything that is kept, the episodes under way included, is in
+    ``state_dict``.
+
+    Append it to an environment of batch size ``[]`` or ``[N]``, with one ``observation`` ``[*N, O]`` and ``reward``
+    ``[*N, 1]``.
+
+    Args:
+        observation: normalise observations.
+        reward: normalise rewards.
+        clip: bound of both after normalisation.
+        gamma: discount of the return.
+
+    Examples:
+        >>> env = make_env("Pendulum-v1", num_envs=2).append_transform(NormalizeObservationAndReward())
+        >>> env.rollout(100)["observation"].abs().max() <= 10
+        tensor(True)
+    """
+
+    def __init__(
+        self, *, observation: bool = True, reward: bool = True, clip: float = 10.0, gamma: float = 0.99
+    ) -> None:
+        super().__init__(in_keys=["observation", "reward"], out_keys=["observation", "reward"])
+        self.normalizes_observation, self.normalizes_reward = observation, reward
+        self.clip, self.gamma = clip, gamma
+        self.returns = RunningMoments()
+        # one more place than episodes: what has not ended is written there, so that no shape depends on the data
+        self.register_buffer("_recent", torch.full((RECENT_EPISODES + 1,), math.nan, dtype=torch.float64))
+        self.register_buffer("_ended", torch.zeros((), dtype=torch.int64))
+        self._recent: Tensor
+        self._ended: Tensor
+        self._discounted: Tensor
+        self._undiscounted: Tensor
+
+    def set_container(self, container: nn.Module) -> None:
+        """Make the statistics in the shapes and on the device of the environment.
+
+        Raises:
+            ValueError: where the transform belongs to an environment already.
+        """
+        super().set_container(container)
+        env = self.parent
+        if env is None or hasattr(self, "observations"):
+            return
+        shape = env.observation_spec["observation"].shape
+        self.observations = RunningMoments(shape[len(env.batch_size) :])
+        zeros = torch.zeros(env.batch_size, dtype=torch.float64)
+        # the returns of the episodes under way, [*N]
+        self.register_buffer("_discounted", zeros)
+        self.register_buffer("_undiscounted", zeros.clone())
+        self.to(env.device)
+
+    def train_return(self) -> float:
+        """Mean return of the last hundred episodes that have ended, as the environment pays it; nan before the first."""
+        return self._recent[:-1].nanmean().item()
+
+    def normalize(self, observation: Tensor) -> Tensor:
+        """Observations ``[*B, O]`` under the statistics as they stand, which do not move."""
+        if not self.normalizes_observation:
+            return observation
+        mean, std = self.observations.mean, (self.observations.var + EPSILON).sqrt()
+        mean, std = mean.to(observation.device, observation.dtype), std.to(observation.device, observation.dtype)
+        return ((observation - mean) / std).clamp(-self.clip, self.clip)
+
+    def _observe(self, tensordict: TensorDictBase, seen: Tensor | None = None) -> TensorDictBase:
+        observation = tensordict.get("observation")
+        if self.normalizes_observation:
+            self.observations.update(observation.reshape(-1, observation.shape[-1]), seen)
+        return tensordict.set("observation", self.normalize(observation))
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        reward, done, terminated = (
+            next_tensordict.get(key).squeeze(-1).double() for key in ("reward", "done", "terminated")
+        )
+        self._undiscounted = self._undiscounted + reward
+        self._keep_ended(self._undiscounted.reshape(-1), done.reshape(-1) > 0)
+        self._undiscounted = self._undiscounted * (1 - done)
+        # as in Gymnasium, a truncated episode's return runs on into the next one
+        self._discounted = self._discounted * self.gamma * (1 - terminated) + reward
+        if self.normalizes_reward:
+            self.returns.update(self._discounted.reshape(-1))
+            scaled = (reward / (self.returns.var + EPSILON).sqrt()).clamp(-self.clip, self.clip)
+            next_tensordict.set("reward", scaled.to(next_tensordict.get("reward").dtype).unsqueeze(-1))
+        return self._observe(next_tensordict)
+
+    def _keep_ended(self, returns: Tensor, ended: Tensor) -> None:
+        """Write the returns ``[N]`` of the episodes that have ``ended`` ``[N]`` over the oldest ones."""
+        place = (self._ended + ended.cumsum(0) - 1) % RECENT_EPISODES
+        place = torch.where(ended, place, RECENT_EPISODES)
+        self._recent = self._recent.scatter(0, place, returns)
+        # the place of those that go on counts for nothing
+        self._recent[-1] = math.nan
+        self._ended = self._ended + ended.sum()
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        rows = tensordict.get("_reset", None)
+        if rows is None:
+            # all episodes are new, whatever those of a checkpoint had
+            self._discounted = torch.zeros_like(self._discounted)
+            self._undiscounted = torch.zeros_like(self._undiscounted)
+        return self._observe(tensordict_reset, None if rows is None else rows.reshape(-1))
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Observations of any size."""
+        spec = observation_spec["observation"]
+        observation_spec["observation"] = Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)
+        return observation_spec
+
+    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
+        """Rewards of any size."""
+        spec = reward_spec["reward"]
+        reward_spec["reward"] = Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)
+        return reward_spec
+
+
+class NormalizedPolicy(TensorDictModuleBase):
+    """A policy of normalised observations as one that reads raw observations.
+
+    Args:
+        policy: trained on normalised observations.
+        normalization: its statistics, read at every call and never updated.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, normalization: NormalizeObservationAndReward) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = policy.in_keys, policy.out_keys
+        self.policy = policy
+        self.normalization = normalization
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write what the policy writes; the observation stays as it is."""
+        raw = tensordict.get("observation")
+        acted = self.policy(tensordict.copy().set("observation", self.normalization.normalize(raw)))
+        return acted.set("observation", raw)
+
+
