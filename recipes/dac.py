@@ -2,58 +2,46 @@
 
     python recipes/dac.py env=HalfCheetah-v4 num_options=4
 
-Every key is in ``recipes/config/dac.yaml``. What is not said here is that of ``recipes/ppo_pmoe.py``.
+``--help`` prints every key.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import process
+    from parts import process
 
     process.begin()
 
-import math
 from pathlib import Path
 
-import backends
-import common
 import hydra
-import ppo_pmoe
-import resume
-import runs
-import torch
-from normalization import NormalizedPolicy
+from config.dac import DACConfig, resolve
 from omegaconf import DictConfig
-from policies import describe
-from rules import Rule, choice, integer, number
+from parts.launch import keep_config, launch, start_or_resume
+from parts.networks import ACTIVATIONS, build_value, describe, orthogonal_, orthogonal_policy_
+from parts.on_policy import build_buffer, build_on_policy_trainer, build_schedule, diagnose, rescale
+from parts.resume import checkpoint_to_resume
+from parts.training import (
+    Agent,
+    build_collector,
+    build_optimizer,
+    isolated_rng,
+    mean_columns,
+    seed_everything,
+    train_and_record,
+)
+from ppo_pmoe import build_env
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
-from torchrl.data import TensorSpec
-from torchrl.envs import InitTracker
+from torchrl.envs import EnvBase, InitTracker
 from torchrl.modules import IndependentNormal, TanhNormal, ValueOperator
 
 from torchrl_pmoe.baselines import DACLoss, DoubleGAE, OptionActor
+from torchrl_pmoe.envs import NormalizedPolicy
+from torchrl_pmoe.runs import CarriedOptionPolicy, construct
+from torchrl_pmoe.trainers import FusedOptimizationStepper
 
-_SHARED = ("env", "env_kwargs", "seed", "total_frames", "actions", "device", "resume", "on_nonfinite")
-# keys of PPO about experts and the Q-network
-_NOT_HERE = (
-    "network.qvalue_hidden_sizes",
-    "optim.qvalue_grad_clip",
-    "loss.qvalue_coeff",
-    "loss.routing_coef",
-    "loss.routing_loss",
-    "loss.num_proposals",
-    "logger.eval_expert",
-)
-RULES: dict[str, Rule] = {
-    **{key: rule for key, rule in ppo_pmoe.RULES.items() if key in _SHARED or ("." in key and key not in _NOT_HERE)},
-    "recipe": choice("dac"),
-    "policy": choice("dac"),
-    "num_options": integer(1, 1024),
-    "loss.high_entropy_coeff": number(at_least=0),
-    "logger.eval_option": choice("drawn", "largest"),
-}
 READ = ["observation", "is_init", "previous_option"]
 TRAINED_ON = [
     *READ,
@@ -80,66 +68,6 @@ LOSS_COLUMNS = (
 )
 
 
-def resolve_config(cfg: DictConfig) -> None:
-    """Check the config."""
-    common.check_config(cfg, RULES)
-    ppo_pmoe.refuse_batches(cfg)
-    backends.refuse(cfg)
-    runs.resolve_compile(cfg, ppo_pmoe.updates(cfg))
-
-
-# --------------------------------------------------------------------------------------------- parts
-
-
-def build_actor(cfg: DictConfig, spec: TensorSpec, observation_size: int) -> OptionActor:
-    """The policy over options, of the same networks as the mixture's in ``ppo_pmoe.py``."""
-    net, bounded = cfg.network, cfg.actions == "bounded"
-    linear = net.router == "linear"
-    actor = OptionActor(
-        cfg.num_options,
-        spec=spec,
-        in_features=observation_size,
-        num_cells=tuple(net.hidden_sizes),
-        activation_class=common.ACTIVATIONS[net.activation],
-        router=nn.Linear(observation_size, 2 * cfg.num_options, device=cfg.device) if linear else net.router,
-        distribution_class=TanhNormal if bounded else IndependentNormal,
-        device=cfg.device,
-    )
-    network = actor.network.module
-    ppo_pmoe.orthogonal_(network.trunk, math.sqrt(2))
-    ppo_pmoe.orthogonal_(network.experts, net.head_gain)
-    ppo_pmoe.orthogonal_(network.router, net.head_gain)
-    nn.init.constant_(network.log_scale, net.log_std_init)
-    return actor
-
-
-def build_loss(cfg: DictConfig, actor: OptionActor, value: ValueOperator) -> DACLoss:
-    """The clipped losses over options and over actions."""
-    return DACLoss(
-        actor,
-        value,
-        clip_epsilon=cfg.loss.clip_epsilon,
-        clip_value=cfg.loss.clip_value,
-        normalize_advantage=cfg.loss.normalize_advantage,
-        critic_coeff=cfg.loss.critic_coeff,
-        loss_critic_type=cfg.loss.loss_critic_type,
-        entropy_coeff=cfg.loss.entropy_coeff,
-        high_entropy_coeff=cfg.loss.high_entropy_coeff,
-    )
-
-
-def build_agent(cfg: DictConfig) -> ppo_pmoe.Agent:
-    """Everything that a resolved config describes, seeded."""
-    env, normalization = ppo_pmoe.build_env(cfg)
-    common.seed_everything(cfg.seed)
-    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
-    actor = build_actor(cfg, spec, observation_size)
-    value = ppo_pmoe.build_value(cfg, observation_size, cfg.num_options, "option_value")
-    env = env.append_transform(InitTracker()).append_transform(actor.make_tensordict_primer())
-    loss = build_loss(cfg, actor, value)
-    return ppo_pmoe.Agent(env, normalization, actor, value, loss)
-
-
 class MeanOfDrawnOption(TensorDictModuleBase):
     """Draws the options from the high level and acts on the centres of their Gaussians.
 
@@ -157,55 +85,112 @@ class MeanOfDrawnOption(TensorDictModuleBase):
         return self.actor.act(tensordict, draw_option=True, draw_action=False)
 
 
-class NormalizedOptions(NormalizedPolicy):
-    """A policy over options that reads raw observations; an episode begins where no option has been carried."""
+def build_agent(cfg: DACConfig, env: EnvBase) -> tuple[OptionActor, ValueOperator, DACLoss]:
+    """The policy over options, of the same networks as the mixture's in ``ppo_pmoe.py``, its values and its loss."""
+    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
+    net, device = cfg.network, cfg.device
+    router = net.router
+    actor = construct(
+        OptionActor,
+        cfg.num_options,
+        spec=spec,
+        in_features=observation_size,
+        num_cells=tuple(net.hidden_sizes),
+        activation_class=ACTIVATIONS[net.activation],
+        router=construct(nn.Linear, observation_size, 2 * cfg.num_options, device=device)
+        if router == "linear"
+        else router,
+        distribution_class=TanhNormal if cfg.actions == "bounded" else IndependentNormal,
+        device=device,
+    )
+    orthogonal_policy_(actor, net.head_gain, net.log_std_init)
+    value = build_value(
+        observation_size, net.hidden_sizes, net.activation, device, num_values=cfg.num_options, key="option_value"
+    )
+    orthogonal_(value, 1.0)
+    loss = DACLoss(actor, value, high_entropy_coeff=cfg.loss.high_entropy_coeff, **cfg.loss_kwargs())
+    return actor, value, loss
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``action``, and the option for the next step."""
-        states = tensordict.copy()
-        states["observation"] = self.normalization.normalize(states["observation"])
-        begins = "previous_option" not in states
-        states["is_init"] = torch.full((*states.shape, 1), begins, device=states["observation"].device)
-        if begins:
-            states["previous_option"] = torch.zeros_like(states["is_init"], dtype=torch.int64)
-        done = self.policy(states)
-        tensordict.set("action", done["action"])
-        return tensordict.set("next", done["next"])
 
+def train(cfg: DACConfig, run_dir: Path) -> None:
+    """Run one training and leave its records in ``run_dir``."""
+    env, normalization = build_env(cfg)
+    seed_everything(cfg.seed)
+    actor, value, loss = build_agent(cfg, env)
+    env = env.append_transform(InitTracker()).append_transform(actor.make_tensordict_primer())
 
-# --------------------------------------------------------------------------------------------- training
-
-
-def train(cfg: DictConfig, run_dir: Path) -> None:
-    """Run one training from a resolved config and leave its records in ``run_dir``."""
-    agent = build_agent(cfg)
-    actor = agent.actor
-    checkpoint = resume.checkpoint_to_resume(cfg)
-    collector = runs.build_collector(cfg, agent.env, actor, frames_per_batch=cfg.collector.frames_per_batch)
-    buffer = ppo_pmoe.build_buffer(cfg)
-    gae = DoubleGAE(actor, agent.value, gamma=cfg.optim.gamma, lmbda=cfg.loss.gae_lambda)
-    trainer, schedule = ppo_pmoe.build_trainer(cfg, run_dir, agent, collector, buffer, gae=gae, trained_on=TRAINED_ON)
-    evaluated = MeanOfDrawnOption(actor) if cfg.logger.eval_option == "drawn" else actor
-    runs.train_and_record(
-        cfg,
+    frames = cfg.collector.frames_per_batch
+    collector = build_collector(env, actor, frames_per_batch=frames, device=cfg.device)
+    buffer = build_buffer(frames, cfg.loss.num_minibatches, cfg.device)
+    optimizer = build_optimizer(
+        loss,
+        lr=cfg.optim.lr,
+        eps=cfg.optim.adam_eps,
+        weight_decay=cfg.optim.weight_decay,
+        router=list(actor.router_parameters()),
+        router_lr=cfg.optim.router_lr,
+    )
+    schedule = build_schedule(optimizer, -(-cfg.total_frames // frames), falling=cfg.optim.anneal_lr)
+    stepper = FusedOptimizationStepper(
+        compile=cfg.compile.enabled, cudagraphs=cfg.compile.cudagraphs, on_nonfinite=cfg.on_nonfinite
+    )
+    trainer = build_on_policy_trainer(
         run_dir,
+        collector=collector,
+        buffer=buffer,
+        advantages=DoubleGAE(actor, value, gamma=cfg.optim.gamma, lmbda=cfg.loss.gae_lambda),
+        trained_on=TRAINED_ON,
+        normalization=normalization,
+        optimizer=optimizer,
+        schedule=schedule,
+        device=cfg.device,
+        total_frames=cfg.total_frames,
+        loss=loss,
+        stepper=stepper,
+        checkpoints=cfg.checkpoint_options(),
+        seed=cfg.seed,
+        clip_norm=cfg.optim.max_grad_norm,
+        optim_steps_per_batch=cfg.loss.num_minibatches,
+        num_epochs=cfg.loss.ppo_epochs,
+    )
+
+    def measure() -> list[dict[str, float]]:
+        row = mean_columns(stepper, LOSS_COLUMNS)
+        with isolated_rng(cfg.seed):
+            return [{**row, **diagnose(actor, normalization, buffer[:].select(*READ))}]
+
+    drawn = cfg.logger.eval_option == "drawn"
+    acting = CarriedOptionPolicy(MeanOfDrawnOption(actor) if drawn else actor)
+    agent = Agent(
+        NormalizedPolicy(acting, normalization.normalize),
+        cfg.seed,
+        run_dir,
+        f"DAC, {cfg.env}, seed {cfg.seed}",
+        actor,
+        kind="drawn" if drawn else "deterministic",
+        normalization=normalization,
+    )
+    train_and_record(
         trainer,
-        NormalizedOptions(evaluated, agent.normalization),
-        algorithm="PPO",
-        about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
-        updates=ppo_pmoe.updates(cfg),
-        loss_columns=LOSS_COLUMNS,
-        diagnose=lambda: ppo_pmoe.diagnose_agent(agent, buffer[:].select(*READ)),
-        checkpoint=checkpoint,
-        on_resume=lambda: ppo_pmoe.rescale(schedule),
+        run_dir,
+        [agent],
+        measure,
+        about=f"{describe(cfg.env, cfg.policy, actor)}; {cfg.collector.described()}",
+        updates=cfg.updates,
+        evaluation=cfg.evaluation_options(),
+        logging=cfg.logger_options(),
+        checkpoints=cfg.checkpoint_options(),
+        checkpoint=checkpoint_to_resume(cfg.resume),
+        on_resume=lambda: rescale(schedule),
+        begin=lambda: keep_config(cfg, run_dir),
     )
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="dac")
 def main(cfg: DictConfig) -> None:
     """Check the config, then train."""
-    resume.start_or_resume(cfg, resolve_config, train)
+    start_or_resume(cfg, DACConfig, resolve, train)
 
 
 if __name__ == "__main__":
-    common.launch(main, RULES)
+    launch(main, DACConfig)

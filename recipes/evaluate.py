@@ -19,7 +19,7 @@ evaluations have none. What is written replaces what an earlier evaluation left 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import process
+    from parts import process
 
     process.begin()
 
@@ -29,67 +29,32 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import common
-import dac
 import numpy as np
-import ppo_pmoe
-import process
-import runs
-import sac_pmoe
-import seeds
 import torch
-from common import UsageError
-from episodes import KINDS, Episode, NoVideoError, Player, Watched, acting, progress, write_video
-from intervals import interquartile_mean
-from normalization import NormalizedPolicy
-from omegaconf import DictConfig, OmegaConf
-from policies import UNIMODAL, describe
-from resume import CHECKPOINTS, load_components, open_run, owned
-from rules import device, integer
-from tensordict.nn import TensorDictModuleBase
-from torch import nn
-from torchrl.objectives import SoftUpdate
+from parts import process
+from parts.errors import UsageError
+from parts.intervals import interquartile_mean
+from parts.launch import owned, usage_line
+from parts.networks import UNIMODAL, describe
+from parts.resume import open_run
+from parts.video import NoVideoError, progress, write_video
+from torchrl.checkpoint import CheckpointError
 
-from torchrl_pmoe.objectives import StackedLoss
-from torchrl_pmoe.runs import RunDirectory
+from torchrl_pmoe.baselines import GatingActor, GaussianActor, MCPActor, OptionActor
+from torchrl_pmoe.envs import EnvironmentFault
+from torchrl_pmoe.runs import Episode, EpisodePlayer, LoadedPolicy, RunDirectory, load_policy, summarize_returns
+from torchrl_pmoe.runs.acting import KINDS
 from torchrl_pmoe.trainers import NonFiniteError
 
 SEED_OFFSET = 4_000_000
-RECIPES = {"sac_pmoe": sac_pmoe, "ppo_pmoe": ppo_pmoe, "dac": dac}
 
 # ---------------------------------------------------------------------------------------------- loading
 
 
-@dataclass(frozen=True)
-class Trained:
-    """An agent as a checkpoint left it.
-
-    Args:
-        cfg: of its run.
-        checkpoint: it was read from.
-        directory: its own, where its records are.
-        seed: its own.
-        actor: counted in the first line.
-        policy: for the environment as Gymnasium makes it.
-        watched: inside ``policy``.
-        kind: how it acts.
-    """
-
-    cfg: DictConfig
-    checkpoint: Path
-    directory: Path
-    seed: int
-    actor: nn.Module
-    policy: TensorDictModuleBase
-    watched: Watched
-    kind: str
-
-
-def load(path: Path, *, agent: int | None = None, act: str | None = None, on: str = "cpu") -> Trained:
+def load(path: Path, *, agent: int | None = None, act: str | None = None, on: str = "cpu") -> LoadedPolicy:
     """The agent of a run.
 
     Args:
@@ -102,40 +67,23 @@ def load(path: Path, *, agent: int | None = None, act: str | None = None, on: st
         UsageError: in one line, for anything but an intact run and a way in which its policy can act.
     """
     path, agent = _locate(path, agent)
-    cfg, checkpoint = open_run(path)
-    run = path.parent.parent if _is_checkpoint(path) else path
-    # nothing is collected, updated or logged here: what that needs need not be there
-    serial = {"collector.num_envs": 1, "collector.backend": "serial"}
-    for key, value in {"device": on, **serial, "compile.cudagraphs": False, "logger.backend": None}.items():
-        OmegaConf.update(cfg, key, value)
-    if cfg.recipe not in RECIPES:
-        raise UsageError(f"{run}: must be a run of {', '.join(RECIPES)}, it is one of {cfg.recipe}")
-    recipe: Any = RECIPES[cfg.recipe]
+    config, checkpoint = open_run(path)
+    policy, chosen_by_critics = config.get("policy"), config.get("acting") == "best_of_experts"
+    if act == "drawn" and (policy in UNIMODAL or chosen_by_critics):
+        why = "acting=best_of_experts" if chosen_by_critics else f"policy={policy}, which {UNIMODAL[policy]}"
+        raise UsageError(f"--act=drawn: must be deterministic or stochastic with {why}")
     try:
-        common.check_config(cfg, recipe.RULES)
-        kind = _kind(cfg, act)
-    except UsageError as error:
-        raise UsageError(f"{run}: {error}") from error
-    common.prepare_torch(cfg)
+        loaded = load_policy(checkpoint, agent=agent, act=act, device=on)  # type: ignore[arg-type]
+    except (CheckpointError, ValueError) as error:
+        line = str(error).replace("agent:", "--agent:")
+        raise UsageError(f"{path}: {' '.join(line.split())}") from error
     # one state at a time, and numbers that do not depend on the machine's cores
     torch.set_num_threads(1)
-    build = _load_sac if recipe is sac_pmoe else _load_ppo
-    directory, seed = run, cfg.seed
-    if recipe is sac_pmoe and cfg.num_seeds > 1:
-        known = range(cfg.seed, cfg.seed + cfg.num_seeds)
-        if agent not in known:
-            given = "must be given" if agent is None else f"{agent} is not there"
-            raise UsageError(f"{run}: --agent: {given}, its agents are those of seeds {known[0]} to {known[-1]}")
-        directory, seed = run / f"seed{agent}", agent
-    elif agent not in (None, seed):
-        raise UsageError(f"--agent={agent}: must be left out, {run} has one agent")
-    actor, policy, watched = build(cfg, checkpoint, seed, kind)
-    raw = common.raw_action_policy(cfg, policy)
-    return Trained(cfg, checkpoint, directory, seed, actor, raw, watched, kind)
+    return loaded
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.resolve().parent.name == CHECKPOINTS
+    return path.resolve().parent.name == RunDirectory.CHECKPOINTS
 
 
 def _locate(path: Path, agent: int | None) -> tuple[Path, int | None]:
@@ -144,51 +92,19 @@ def _locate(path: Path, agent: int | None) -> tuple[Path, int | None]:
     if _is_checkpoint(path):
         return full, agent
     number = re.fullmatch(r"seed(\d+)", full.name)
-    if not number or (full / CHECKPOINTS).exists() or not (full.parent / CHECKPOINTS).exists():
+    parent, checkpoints = full.parent, RunDirectory.CHECKPOINTS
+    if not number or (full / checkpoints).exists() or not (parent / checkpoints).exists():
         return path, agent
     if agent not in (None, int(number[1])):
         raise UsageError(f"--agent={agent}: must be {number[1]} with {path}")
-    return full.parent, int(number[1])
+    return parent, int(number[1])
 
 
-def _kind(cfg: DictConfig, act: str | None) -> str:
-    """How the policy acts: as asked, or as in the evaluations of its run."""
-    chosen_by_critics = cfg.get("acting") == "best_of_experts"
-    if act == "drawn" and (cfg.policy in UNIMODAL or chosen_by_critics):
-        why = "acting=best_of_experts" if chosen_by_critics else f"policy={cfg.policy}, which {UNIMODAL[cfg.policy]}"
-        raise UsageError(f"--act=drawn: must be deterministic or stochastic with {why}")
-    expert = cfg.logger.eval_option if cfg.policy == "dac" else cfg.logger.eval_expert
-    return act or ("drawn" if expert == "drawn" and cfg.policy not in UNIMODAL else "deterministic")
-
-
-Loaded = tuple[nn.Module, TensorDictModuleBase, Watched]
-
-
-def _load_sac(cfg: DictConfig, checkpoint: Path, seed: int, kind: str) -> Loaded:
-    env = common.make_env(cfg.env, seed, kwargs=cfg.env_kwargs)
-    agents = seeds.build_agents(cfg, env)
-    env.close()
-    found = agents[seed - cfg.seed]
-    if cfg.num_seeds > 1:
-        loss = StackedLoss([agent.loss for agent in agents])
-        SoftUpdate(loss, eps=cfg.optim.target_update_polyak)  # TorchRL warns of a loss without
-        load_components(checkpoint, {"loss_module": loss})
-        loss.write_back()
-    else:
-        load_components(checkpoint, {"loss_module": found.loss})
-    explorer, _ = sac_pmoe.build_policies(cfg, found.actor, found.loss)
-    watched = Watched(acting(explorer, kind))
-    return found.actor, watched, watched
-
-
-def _load_ppo(cfg: DictConfig, checkpoint: Path, seed: int, kind: str) -> Loaded:
-    agent = (dac if cfg.policy == "dac" else ppo_pmoe).build_agent(cfg)
-    agent.env.close()
-    normalization = {f"trainer_module.{ppo_pmoe.NORMALIZATION}": agent.normalization}
-    load_components(checkpoint, {"loss_module": agent.loss, **normalization})
-    watched = Watched(acting(agent.actor, kind))
-    wrapper: type[NormalizedPolicy] = dac.NormalizedOptions if cfg.policy == "dac" else NormalizedPolicy
-    return agent.actor, wrapper(watched, agent.normalization), watched
+def directory_of(loaded: LoadedPolicy) -> Path:
+    """Where the records of an agent are."""
+    run = loaded.checkpoint.parent.parent
+    own = run / f"seed{loaded.seed}"
+    return own if own.is_dir() else run
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -198,7 +114,7 @@ def summary(returns: Sequence[float]) -> str:
     """Mean, standard deviation and interquartile mean over episodes, in one line."""
     if len(returns) < 2:
         return f"return {returns[0]:,.2f}"
-    found = runs.summarize(torch.tensor(returns, dtype=torch.float64))
+    found = summarize_returns(torch.tensor(returns, dtype=torch.float64))
     middle = interquartile_mean(returns)
     return (
         f"return {found['return_mean']:,.2f} ± {found['return_std']:,.2f} (mean ± std), "
@@ -206,11 +122,17 @@ def summary(returns: Sequence[float]) -> str:
     )
 
 
-def describe_experts(cfg: DictConfig, episode: Episode) -> str:
+def name_of(loaded: LoadedPolicy) -> str:
+    """What ``policy`` of the run is."""
+    kinds = {GaussianActor: "gaussian", GatingActor: "gating", MCPActor: "mcp", OptionActor: "dac"}
+    return next((name for kind, name in kinds.items() if isinstance(loaded.actor, kind)), "pmoe")
+
+
+def describe_experts(policy: str, episode: Episode) -> str:
     """Who acted in an episode, in one line."""
     if episode.experts is None:
-        return f"policy {cfg.policy} {UNIMODAL[cfg.policy]}"
-    name = "options" if cfg.policy == "dac" else "experts"
+        return f"policy {policy} {UNIMODAL.get(policy, 'draws no expert')}"
+    name = "options" if policy == "dac" else "experts"
     usage = np.bincount(episode.experts) / len(episode.experts)
     shares = ", ".join(f"{expert} ({share:.0%})" for expert, share in enumerate(usage) if share)
     return f"{name} that act in the episode of seed {episode.seed}: {shares}"
@@ -235,11 +157,11 @@ def _write_rows(path: Path, header: Sequence[str], rows: Any) -> None:
         writer.writerows(rows)
 
 
-def draw(cfg: DictConfig, episode: Episode, path: Path) -> None:
+def draw(env: str, policy: str, episode: Episode, path: Path) -> None:
     """Weights of the experts, who acts, and the sum of rewards, along an episode."""
-    from figures import mpl, subplots
+    from parts.figures import expert_colors, expert_legend, subplots
 
-    name = "option" if cfg.policy == "dac" else "expert"
+    name = "option" if policy == "dac" else "expert"
     steps, weights, experts = len(episode.rewards), episode.weights, episode.experts
     edges = np.arange(steps + 1)
     heights = [2.5]
@@ -252,20 +174,16 @@ def draw(cfg: DictConfig, episode: Episode, path: Path) -> None:
         figsize=(9, 1.2 + sum(heights)),
     )  # fmt: skip
     panels = list(axes[:, 0])
-    panels[0].set_title(f"{cfg.env}, policy {cfg.policy}, seed {episode.seed}: return {episode.rewards.sum():,.2f}")
+    panels[0].set_title(f"{env}, policy {policy}, seed {episode.seed}: return {episode.rewards.sum():,.2f}")
     if weights is not None:
         number = weights.shape[1]
-        # cividis keeps its order of lightness under every kind of colour blindness
-        colors = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, number))
+        colors = expert_colors(number)
         held = np.concatenate([weights, weights[-1:]]).T
         panels[0].stackplot(
             edges, held, step="post", antialiased=False, colors=colors, labels=[str(k) for k in range(number)]
         )
         panels[0].set(ylabel="weight in the blend" if experts is None else f"{name}'s probability", ylim=(0, 1))
-        panels[0].legend(
-            title=name, loc="upper left", bbox_to_anchor=(1, 1.02), reverse=True, ncols=1 + (number > 8),
-            columnspacing=1, handlelength=1.2,
-        )  # fmt: skip
+        expert_legend(panels[0], number, name)
         if experts is not None:
             strip = np.where(np.arange(number)[:, None, None] == experts[:, None], colors[:, None], 0.0)
             panels[1].imshow(
@@ -286,23 +204,36 @@ def draw(cfg: DictConfig, episode: Episode, path: Path) -> None:
 FILES = ("episodes.csv", "experts.csv", "experts.png", "episode.mp4")
 
 
-def evaluate(trained: Trained, output: Path, *, number: int, seed: int, max_steps: int, video: bool) -> str | None:
+def evaluate(
+    loaded: LoadedPolicy, output: Path, *, number: int, seed: int, max_steps: int, video: bool, device: str = "cpu"
+) -> str | None:
     """Play episodes, print what they brought and leave :data:`FILES` in ``output``.
 
     Args:
-        trained: the agent.
+        loaded: the agent.
         output: a directory, made if it is not there.
+
+    Keyword Args:
         number: of episodes.
         seed: of the first.
         max_steps: an episode is cut here.
         video: whether to film the first.
+        device: of the policy.
 
     Returns:
         Why there is no video, if there should be one.
     """
-    cfg = trained.cfg
+    policy = name_of(loaded)
     rows: list[tuple[Any, ...]] = []
-    with closing(Player(cfg, trained.policy, trained.watched, max_steps)) as play, progress(number, "episode") as bar:
+    player = EpisodePlayer(
+        loaded.env,
+        loaded.in_unit_box,
+        loaded.watched,
+        max_steps=max_steps,
+        device=device,
+        env_kwargs=loaded.env_kwargs,
+    )
+    with closing(player) as play, progress(number, "episode") as bar:
         for index in range(number):
             episode = play(seed + index)
             if not index:
@@ -320,17 +251,17 @@ def evaluate(trained: Trained, output: Path, *, number: int, seed: int, max_step
     print(summary([row[1] for row in rows]))
     if successes:
         print(f"success in {successes.count(1)} of {len(successes)} episodes")
-    print(describe_experts(cfg, first))
+    print(describe_experts(policy, first))
     output.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (output / name).unlink(missing_ok=True)
     _write_rows(output / "episodes.csv", header, rows)
     write_steps(first, output / "experts.csv")
-    draw(cfg, first, output / "experts.png")
+    draw(loaded.env, policy, first, output / "experts.png")
     reason = None
     if video:
         try:
-            write_video(cfg, first, output / "episode.mp4")
+            write_video(loaded.env, loaded.env_kwargs, first, output / "episode.mp4")
         except NoVideoError as error:
             reason = str(error)
     print(f"{', '.join(name for name in FILES if (output / name).exists())} in {output}")
@@ -345,23 +276,28 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _integer(at_least: int, at_most: int | None = None) -> Callable[[str], int]:
-    rule = integer(at_least, at_most)
-
     def parse(given: str) -> int:
+        upper = "" if at_most is None else f" and <= {at_most}"
         try:
-            return rule.parse(int(given))
+            value = int(given)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{given}: must be {rule.allowed}") from None
+            value = at_least - 1
+        if value < at_least or (at_most is not None and value > at_most):
+            raise argparse.ArgumentTypeError(f"{given}: must be an integer >= {at_least}{upper}")
+        return value
 
     return parse
 
 
 def _device(given: str) -> str:
-    rule = device()
     try:
-        return rule.parse(given)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{given}: must be {rule.allowed.removesuffix(' or null')}") from None
+        torch.zeros(1, device=given).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise argparse.ArgumentTypeError(
+            f"{given}: must be a device of this machine ({', '.join(['cpu', *gpus])})"
+        ) from None
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -385,29 +321,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Load, play, report; the exit status."""
     args = _parser().parse_args(argv)
     try:
-        trained = load(args.run, agent=args.agent, act=args.act, on=args.device)
+        loaded = load(args.run, agent=args.agent, act=args.act, on=args.device)
         output = args.output
         if output is None:
-            output = trained.directory / "evaluation"
+            output = directory_of(loaded) / "evaluation"
             if _is_checkpoint(args.run):
-                output /= trained.checkpoint.name
+                output /= loaded.checkpoint.name
         if there := RunDirectory(output).outputs():
             raise UsageError(f"--output={output}: must be a directory without a run, it has {', '.join(there)}")
-        how = args.act or f"{trained.kind} as in the run's own evaluations"
+        how = args.act or f"{loaded.kind} as in the run's own evaluations"
         with owned(output, f"--output={output}", "a directory that no other process uses"):
-            print(describe(trained.cfg, trained.actor))
-            print(f"{trained.checkpoint.name}, agent of seed {trained.seed}, acting {how}")
+            print(describe(loaded.env, name_of(loaded), loaded.actor))
+            print(f"{loaded.checkpoint.name}, agent of seed {loaded.seed}, acting {how}")
             reason = evaluate(
-                trained,
+                loaded,
                 output,
                 number=args.episodes,
-                seed=trained.seed + SEED_OFFSET if args.seed is None else args.seed,
-                max_steps=args.max_steps or trained.cfg.logger.eval_max_steps,
+                seed=loaded.seed + SEED_OFFSET if args.seed is None else args.seed,
+                max_steps=args.max_steps or loaded.max_steps,
                 video=args.video is not False,
+                device=args.device,
             )
-    except (UsageError, NonFiniteError) as error:
-        process.complain(f"error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
+    except (UsageError, EnvironmentFault, NonFiniteError) as error:
+        process.complain(f"error: {error if isinstance(error, NonFiniteError) else usage_line(error)}")
+        return 1 if isinstance(error, NonFiniteError) else 2
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         process.complain(f"error: {place}{error.strerror or error}")

@@ -12,20 +12,15 @@ if __name__ == "__main__":
 
     process.begin()
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
-import sac_many_seeds
-import torch
-from config.sac_pmoe import SACConfig, resolve
+from config.sac_pmoe import SACConfig, combination, refuse_target_entropy, resolve
 from omegaconf import DictConfig
 from parts import off_policy
 from parts.launch import keep_config, launch, start_or_resume
-from parts.networks import build_qvalue
-from parts.off_policy import DIAGNOSED_STATES, LOSS_COLUMNS, STORED
+from parts.networks import POLICIES, build_qvalue, describe
 from parts.resume import checkpoint_to_resume
 from parts.training import (
     Agent,
@@ -38,12 +33,175 @@ from parts.training import (
     train_and_record,
     watch_experts,
 )
+from tensordict.nn import TensorDictModuleBase
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import SoftUpdate
-from torchrl.trainers.trainers import SelectKeys
+from torchrl.objectives import SACLoss, SoftUpdate
 
+from torchrl_pmoe import BestOfExpertsActor, MeanOfDrawnExpertActor
 from torchrl_pmoe.envs import make_env
 from torchrl_pmoe.envs.making import try_env
-from torchrl_pmoe.trainers import FlatReplay, FusedOptimizationStepper
+from torchrl_pmoe.trainers import FusedOptimizationStepper
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves in memory."""
+
+    actor: ProbabilisticActor
+    buffer: TensorDictReplayBuffer
+
+
+def build_agent(cfg: SACConfig, env: EnvBase) -> tuple[ProbabilisticActor, SACLoss]:
+    """The policy, and the loss with its critics."""
+    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
+    refuse_target_entropy(cfg, spec.shape[-1])
+    actor = POLICIES[cfg.policy](cfg.actor_options(spec, observation_size))
+    net = cfg.network
+    qvalue = build_qvalue(observation_size + spec.shape[-1], net.hidden_sizes, net.activation, cfg.device)
+    loss = off_policy.build_loss(
+        actor, qvalue, gamma=cfg.optim.gamma, sac=cfg.loss_kwargs(), routing=cfg.routing_kwargs()
+    )
+    return actor, loss
+
+
+def explorer_and_evaluated(
+    cfg: SACConfig, actor: ProbabilisticActor, loss: SACLoss
+) -> tuple[TensorDictModuleBase, TensorDictModuleBase]:
+    """The policy that collects frames, and the one that is evaluated."""
+    if cfg.acting == "best_of_experts":
+        best = BestOfExpertsActor(actor, off_policy.lowest_values(loss))
+        return best, best
+    drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
+    return actor, MeanOfDrawnExpertActor(actor) if drawn else actor
+
+
+def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_unfinished: bool = False) -> Trained:
+    """Run one training and leave its records in ``run_dir``.
+
+    Args:
+        cfg: resolved.
+        run_dir: of the run.
+        env: seeded, of ``collector.num_envs`` environments; made from the config if not given.
+
+    Keyword Args:
+        only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
+    """
+    if env is None:
+        try_env(cfg.env, cfg.env_kwargs)
+        env = make_env(
+            cfg.env,
+            num_envs=cfg.collector.num_envs,
+            seed=cfg.seed,
+            env_kwargs=cfg.env_kwargs,
+            backend=cfg.collector.backend,
+            device=cfg.device,
+        )
+    seed_everything(cfg.seed)
+    actor, loss = build_agent(cfg, env)
+    explorer, evaluated = explorer_and_evaluated(cfg, actor, loss)
+
+    buffer = off_policy.build_replay_buffer(
+        cfg.replay_buffer.size,
+        cfg.optim.batch_size,
+        device=env.device or "cpu",
+        scratch_dir=cfg.replay_buffer.scratch_dir,
+        prioritized=cfg.replay_buffer.prb,
+    )
+    collector = build_collector(
+        env,
+        explorer,
+        frames_per_batch=cfg.frames_per_batch,
+        init_random_frames=cfg.collector.init_random_frames,
+        device=cfg.device,
+    )
+    # the networks have drawn as many numbers as they have weights: every policy warms up with the same random actions
+    seed_everything(cfg.seed)
+
+    targets = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
+    optimizer = build_optimizer(
+        loss,
+        lr=cfg.optim.lr,
+        eps=cfg.optim.adam_eps,
+        weight_decay=cfg.optim.weight_decay,
+        router=list(actor.router_parameters()) if cfg.optim.router_lr else [],
+        router_lr=cfg.optim.router_lr,
+    )
+    stepper = FusedOptimizationStepper(
+        targets, compile=cfg.compile.enabled, cudagraphs=cfg.compile.cudagraphs, on_nonfinite=cfg.on_nonfinite
+    )
+    trainer = build_trainer(
+        run_dir,
+        collector=collector,
+        total_frames=cfg.total_frames,
+        loss=loss,
+        optimizer=optimizer,
+        stepper=stepper,
+        checkpoints=cfg.checkpoint_options(),
+        seed=cfg.seed,
+        optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * collector.requested_frames_per_batch)),
+        replay_buffer=buffer,
+        target_net_updater=targets,
+    )
+    off_policy.replay_steps(trainer, buffer, cfg.device, prioritized=cfg.replay_buffer.prb)
+    if cfg.policy == "pmoe":
+        watch_experts(trainer, actor, lambda: off_policy.latest(buffer).select("observation").to(cfg.device))
+
+    def measure() -> list[dict[str, float]]:
+        row = mean_columns(stepper, off_policy.LOSS_COLUMNS)
+        with isolated_rng(cfg.seed):
+            states = off_policy.some(buffer).select("observation").to(cfg.device)
+            return [{**row, **off_policy.diagnose(actor, loss, states)}]
+
+    train_and_record(
+        trainer,
+        run_dir,
+        [as_agent(cfg, run_dir, cfg.seed, actor, loss, evaluated)],
+        measure,
+        about=about(cfg, actor, loss),
+        updates=cfg.updates,
+        evaluation=cfg.evaluation_options(),
+        logging=cfg.logger_options(),
+        checkpoints=cfg.checkpoint_options(),
+        checkpoint=checkpoint_to_resume(cfg.resume, off_policy.NEEDED_TO_RESUME),
+        begin=lambda: keep_config(cfg, run_dir),
+        only_if_unfinished=only_if_unfinished,
+    )
+    return Trained(actor, buffer)
+
+
+def as_agent(
+    cfg: SACConfig,
+    directory: Path,
+    seed: int,
+    actor: ProbabilisticActor,
+    loss: SACLoss,
+    evaluated: TensorDictModuleBase,
+) -> Agent:
+    """What is recorded of an agent."""
+    return Agent(
+        evaluated,
+        seed,
+        directory,
+        f"SAC, {cfg.policy}, {cfg.env}, seed {seed}",
+        actor,
+        kind="drawn" if isinstance(evaluated, MeanOfDrawnExpertActor) else "deterministic",
+        critics=loss if cfg.acting == "best_of_experts" else None,
+    )
+
+
+def about(cfg: SACConfig, actor: ProbabilisticActor, loss: SACLoss, where: str | None = None) -> str:
+    """One line on what is about to be trained, how, and where frames come from."""
+    what = describe(cfg.env, cfg.policy, actor, loss.qvalue_network_params)
+    return "; ".join(part for part in (what, combination(cfg), where or cfg.collector.described()) if part)
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="sac_pmoe")
+def main(cfg: DictConfig) -> None:
+    """Check the config, then train."""
+    start_or_resume(cfg, SACConfig, resolve, train)
+
+
+if __name__ == "__main__":
+    launch(main, SACConfig)

@@ -1,0 +1,1 @@
+"""The typed configs of the recipes, and what Hydra needs beside them."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from parts.training import choose_compile
+from parts.typed_config import Number, Text, config_class, field, group, register
 from pydantic import Field
 
 from config import shared
-from parts.typed_config import Number, Text, config_class, field, group, register
 from config.ppo_pmoe import Loss, OnPolicyConfig, refuse_batches
 from config.shared import Experts
 
@@ -33,9 +33,7 @@ class DACConfig(OnPolicyConfig):
 
     recipe: Literal["dac"] = field("dac", "tells what a run is a run of")
     policy: Literal["dac"] = field("dac", "named in outputs")
-    env: Text = field(
-        "HalfCheetah-v4", "any Gymnasium id with a vector of observations and a bounded Box of actions"
-    )
+    env: Text = field("HalfCheetah-v4", "any Gymnasium id with a vector of observations and a bounded Box of actions")
     num_options: Experts = field(4, "as in the paper; 1 is PPO with a Gaussian")
     loss: OptionLoss = group(OptionLoss)
     logger: OptionLogger = group(OptionLogger, eval_interval=50_000)

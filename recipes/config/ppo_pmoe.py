@@ -5,11 +5,28 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from parts.training import choose_compile
+from parts.networks import ActorOptions
+from parts.resume import metadata
+from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, choose_compile
+from parts.typed_config import (
+    Device,
+    Flag,
+    Kwargs,
+    Number,
+    Size,
+    Text,
+    Widths,
+    config_class,
+    field,
+    group,
+    hparams,
+    register,
+    to_dict,
+)
 from pydantic import Field
+from torchrl.data import TensorSpec
 
 from config import shared
-from parts.typed_config import Device, Flag, Integer, Kwargs, Number, Size, Text, Widths, config_class, field, group, register
 from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
 
 
@@ -113,6 +130,33 @@ class OnPolicyConfig:
     logger: shared.Logger = group(shared.Logger, eval_interval=50_000)
     checkpoint: shared.Checkpoint = group(shared.Checkpoint, interval=50_000)
 
+    def evaluation_options(self) -> EvaluationOptions:
+        """How policies are evaluated."""
+        log = self.logger
+        return EvaluationOptions(
+            self.env, self.env_kwargs, log.eval_interval, log.eval_episodes, log.eval_max_steps, self.device
+        )
+
+    def logger_options(self) -> LoggerOptions:
+        """Where the run is recorded."""
+        return LoggerOptions(self.logger.backend, self.logger.project_name, hparams(self), self.logger.progress_bar)
+
+    def checkpoint_options(self) -> CheckpointOptions:
+        """Checkpoints of the run."""
+        return CheckpointOptions(self.checkpoint.interval, self.checkpoint.keep, metadata(to_dict(self)))
+
+    def loss_kwargs(self) -> dict[str, Any]:
+        """What is told to TorchRL's ``ClipPPOLoss``."""
+        loss = self.loss
+        return {
+            "clip_epsilon": loss.clip_epsilon,
+            "clip_value": loss.clip_value,
+            "normalize_advantage": loss.normalize_advantage,
+            "critic_coeff": loss.critic_coeff,
+            "loss_critic_type": loss.loss_critic_type,
+            "entropy_coeff": loss.entropy_coeff,
+        }
+
     @property
     def updates(self) -> float:
         """How many updates a run makes."""
@@ -145,6 +189,29 @@ class PPOConfig(OnPolicyConfig):
         """Whether there is a Q-network."""
         return self.policy == "pmoe" and self.scoring == "critic"
 
+    def actor_options(self, spec: TensorSpec, in_features: int) -> ActorOptions:
+        """What the policy is made from, for observations of ``in_features`` numbers; scales ignore the state."""
+        assert self.num_experts is not None
+        return ActorOptions(
+            spec,
+            in_features,
+            num_experts=self.num_experts,
+            hidden_sizes=self.network.hidden_sizes,
+            activation=self.network.activation,
+            router=self.network.router,
+            log_std_bounds=None,
+            bounded=self.actions == "bounded",
+            mixture_kwargs={"log_prob_routing": "frequency" if self.scoring == "frequency" else "exact"},
+            blend=self.blend,
+            return_log_prob=True,
+            device=self.device,
+        )
+
+    def routing_kwargs(self) -> dict[str, Any]:
+        """What is told to ``PMOEClipPPOLoss`` besides."""
+        names = ("routing_coef", "routing_loss", "num_proposals", "qvalue_coeff")
+        return {"routing": self.routing, **{name: getattr(self.loss, name) for name in names}}
+
 
 ABOUT = "Proximal Policy Optimisation with a mixture-of-experts policy."
 EXAMPLES = (
@@ -159,7 +226,7 @@ PAPER: dict[str, Any] = {
     "logger.eval_expert": "drawn",
     "optim.qvalue_grad_clip": "together",
 }
-# an expert is a good policy in turn with the others, not alone: the largest one at every step gets stuck (docs, results)
+# an expert is a good policy in turn with the others; the largest one alone gets stuck (docs: results)
 DEFAULTS: dict[str, Any] = {
     "scoring": "responsibility",
     "routing": "frequency",
@@ -177,7 +244,7 @@ PAPER_NUM_EXPERTS = {
 
 
 def resolve(config: PPOConfig) -> None:
-    """Fill in what a config leaves to the preset, the defaults or the environment, and refuse what does not go together.
+    """Fill in what a config leaves open, and refuse what does not go together.
 
     Raises:
         UsageError: in one line, for the first key that cannot stay.

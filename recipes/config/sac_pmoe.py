@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
-from parts.networks import UNIMODAL
-from parts.training import choose_compile
-from pydantic import Field
-
-from config import shared
+from parts.networks import UNIMODAL, ActorOptions
+from parts.resume import metadata
+from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, choose_compile
 from parts.typed_config import (
+    Allowed,
     Device,
     Flag,
     Integer,
@@ -25,8 +24,14 @@ from parts.typed_config import (
     field,
     get,
     group,
+    hparams,
     register,
+    to_dict,
 )
+from pydantic import Field
+from torchrl.data import TensorSpec
+
+from config import shared
 from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
 
 
@@ -106,7 +111,9 @@ class SACConfig:
     env: Text = field("Walker2d-v4", "any Gymnasium id with a vector of observations and a bounded Box of actions")
     env_kwargs: Kwargs = field({}, "of the environment: +env_kwargs.NAME=VALUE")
     seed: shared.Seed = field(0)
-    num_seeds: Experts = field(1, "agents trained at once, of seeds seed, seed + 1, ...; the rest holds for each")
+    num_seeds: Annotated[
+        Literal[1], Allowed("1; python recipes/sac_many_seeds.py num_seeds=N trains several agents at once")
+    ] = field(1, "sac_many_seeds.py trains several at once")
     total_frames: Frames = field(1_000_000, "whole batches of collector.frames_per_batch, rounded up")
     num_experts: Experts | None = field(None, "null: the paper's number for its MuJoCo tasks, 4 elsewhere")
     policy: PolicyName = field("pmoe", "gaussian: TorchRL's own TanhNormal, the control")
@@ -115,9 +122,9 @@ class SACConfig:
     scoring: Literal["critic", "gradient"] | None = field(
         None, "critic: PMOESACLoss; gradient: TorchRL's unmodified SACLoss; null, here and below: see the first line"
     )
-    routing: (
-        Literal["frequency", "soft_frequency", "gumbel_softmax", "score_function", "marginal", "none"] | None
-    ) = field(None, "how the router learns; gumbel_softmax: gradient only; score_function, marginal: critic only")
+    routing: Literal["frequency", "soft_frequency", "gumbel_softmax", "score_function", "marginal", "none"] | None = (
+        field(None, "how the router learns; gumbel_softmax: gradient only; score_function, marginal: critic only")
+    )
     backprop: Literal["max", "all", "routed", "weighted"] | None = field(
         None, "the experts that the actor's loss flows through (critic only)"
     )
@@ -138,14 +145,80 @@ class SACConfig:
     checkpoint: Checkpoint = group(Checkpoint)
 
     @property
+    def frames_per_batch(self) -> int:
+        """Frames that are collected at a time: no more than the run has, in whole steps of all environments."""
+        number = self.collector.num_envs
+        assert self.collector.frames_per_batch is not None
+        return min(self.collector.frames_per_batch, -(-self.total_frames // number) * number)
+
+    @property
     def updates(self) -> float:
         """How many updates a run makes."""
         return self.total_frames * self.optim.utd_ratio
 
-    @property
-    def critic_scored(self) -> bool:
-        """Whether the critics score the experts' proposals."""
-        return self.policy == "pmoe" and self.scoring == "critic"
+    def actor_options(self, spec: TensorSpec, in_features: int) -> ActorOptions:
+        """What the policy is made from, for observations of ``in_features`` numbers."""
+        net = self.network
+        assert self.num_experts is not None
+        assert net.router is not None
+        mixture: dict[str, Any] = {"score": self.score}
+        if self.scoring == "gradient":
+            mixture.update(
+                routing=self.routing,
+                routing_coef=self.loss.routing_coef,
+                temperature=self.loss.temperature,
+                straight_through=self.loss.straight_through,
+            )
+        return ActorOptions(
+            spec,
+            in_features,
+            num_experts=self.num_experts,
+            hidden_sizes=net.hidden_sizes,
+            activation=net.activation,
+            router=net.router,
+            log_std_bounds=(net.log_std_min, net.log_std_max),
+            head_init=net.head_init,
+            mixture_kwargs=mixture,
+            blend=self.blend,
+            device=self.device,
+        )
+
+    def loss_kwargs(self) -> dict[str, Any]:
+        """What is told to TorchRL's ``SACLoss``."""
+        return {
+            "num_qvalue_nets": 2,
+            "loss_function": self.optim.loss_function,
+            "alpha_init": self.optim.alpha_init,
+            "fixed_alpha": self.optim.fixed_alpha,
+            "target_entropy": self.optim.target_entropy,
+        }
+
+    def routing_kwargs(self) -> dict[str, Any] | None:
+        """What is told to ``PMOESACLoss`` besides; ``None`` where no critic scores experts."""
+        if self.policy != "pmoe" or self.scoring != "critic":
+            return None
+        names = ("routing_coef", "routing_loss", "num_proposals", "decoupled", "entropy_from")
+        return {
+            "routing": self.routing,
+            "backprop": self.backprop,
+            **{name: getattr(self.loss, name) for name in names},
+        }
+
+    def evaluation_options(self) -> EvaluationOptions:
+        """How policies are evaluated."""
+        log = self.logger
+        return EvaluationOptions(
+            self.env, self.env_kwargs, log.eval_interval, log.eval_episodes, log.eval_max_steps, self.device
+        )
+
+    def logger_options(self) -> LoggerOptions:
+        """Where the run is recorded."""
+        return LoggerOptions(self.logger.backend, self.logger.project_name, hparams(self), self.logger.progress_bar)
+
+    def checkpoint_options(self, agents: int = 1) -> CheckpointOptions:
+        """Checkpoints of a run of some agents, whose frames are all counted."""
+        kept, unsaved = self.checkpoint, frozenset() if self.checkpoint.replay_buffer else frozenset({"replay_buffer"})
+        return CheckpointOptions(kept.interval * agents, kept.keep, metadata(to_dict(self)), unsaved)
 
 
 ABOUT = "Soft Actor-Critic with a mixture-of-experts policy."
@@ -187,7 +260,7 @@ PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
 
 
 def resolve(config: SACConfig) -> None:
-    """Fill in what a config leaves to the preset, the defaults or the environment, and refuse what does not go together.
+    """Fill in what a config leaves open, and refuse what does not go together.
 
     Raises:
         UsageError: in one line, for the first key that cannot stay.
@@ -201,8 +274,6 @@ def resolve(config: SACConfig) -> None:
     if config.collector.frames_per_batch is None:
         config.collector.frames_per_batch = config.collector.num_envs
     _refuse_combinations(config)
-    if config.num_seeds > 1:
-        _refuse_for_many_seeds(config)
     choose_compile(config.compile, config.updates)
 
 
@@ -284,23 +355,6 @@ def _refuse_combinations(config: SACConfig) -> None:
                 steps < 1 or abs(steps - round(steps)) > 1e-6,
                 f"a whole number of steps per batch of collector.frames_per_batch={collector.frames_per_batch}",
             ),
-        },
-    )
-
-
-def _refuse_for_many_seeds(config: SACConfig) -> None:
-    """Refuse what several agents at once cannot have."""
-    several = f"with num_seeds={config.num_seeds}"
-    refuse(
-        config,
-        {
-            "replay_buffer.prb": (config.replay_buffer.prb, f"false {several}"),
-            "replay_buffer.scratch_dir": (config.replay_buffer.scratch_dir is not None, f"null {several}"),
-            "acting": (config.acting == "best_of_experts", f"policy {several}"),
-            "optim.router_lr": (config.optim.router_lr is not None, f"null {several}"),
-            "on_nonfinite": (config.on_nonfinite == "skip", f"stop {several}"),
-            "logger.backend": (config.logger.backend is not None, f"null {several}; every seed has its metrics.csv"),
-            "collector.backend": (config.collector.backend == "parallel", f"serial, envpool or mjx {several}"),
         },
     )
 

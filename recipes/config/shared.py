@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
 from parts.networks import ACTIVATIONS, POLICIES, UNIMODAL
-from pydantic import AfterValidator, Field
-from torchrl_pmoe.envs.making import Backend, unavailable
-
 from parts.typed_config import Allowed, Flag, Integer, Number, Size, Text, config_class, field, get, set_
+from pydantic import AfterValidator, Field
+
+from torchrl_pmoe.envs.making import Backend, unavailable
 
 
 def _one_of(names: Any, value: str) -> str:
@@ -46,9 +46,7 @@ class Compile:
 class Logger:
     """What is recorded, and how often a policy is evaluated."""
 
-    backend: Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"] | None = field(
-        None, "beside metrics.csv"
-    )
+    backend: Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"] | None = field(None, "beside metrics.csv")
     project_name: Text = field("torchrl_pmoe", "of the service")
     eval_interval: Frames = field(10_000, "frames between two evaluations")
     eval_episodes: Annotated[Integer, Field(ge=1, le=10_000)] = field(10, "episodes of an evaluation")
@@ -79,6 +77,10 @@ class Collector:
 
     num_envs: Annotated[Integer, Field(ge=1, le=2**20)] = field(1, "environments")
     backend: Backend = field("serial", "one after the other | processes | extra envpool | extra mjx (device=cuda too)")
+
+    def described(self) -> str:
+        """How many environments there are, and where they run."""
+        return f"{self.num_envs} environment{'s' * (self.num_envs > 1)}, collector.backend={self.backend}"
 
 
 @config_class

@@ -6,10 +6,23 @@ import copy
 from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
+from parts.typed_config import (
+    Allowed,
+    Integer,
+    Kwargs,
+    Text,
+    build,
+    config_class,
+    field,
+    get,
+    group,
+    register,
+    set_,
+    to_dict,
+)
 from pydantic import AfterValidator, Field
 
 from config import sac_pmoe, shared
-from parts.typed_config import Allowed, Integer, Kwargs, Text, build, config_class, field, get, group, register, set_, to_dict
 from config.shared import Experts, Frames, refuse
 
 POLICIES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""The parts that recipes are wired from; they take arguments, no config."""

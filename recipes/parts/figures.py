@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from torchrl_pmoe.runs import read_metrics
 
 # matplotlib refuses to be imported where a notebook has left a backend there that is not installed

@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from parts.typed_config import build, described_keys, get, set_, to_dict, unknown_key
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torchrl_pmoe.envs import EnvironmentFault
-from torchrl_pmoe.runs import DirectoryInUseError, RunDirectory
-from torchrl_pmoe.runs.files import replace_file
-from torchrl_pmoe.trainers import NonFiniteError
 
 from parts import process
 from parts.errors import Interrupted, RunError, UsageError, cause
 from parts.resume import CHANGEABLE, from_here, how_to_resume, open_run, resume_argument, run_of
 from parts.training import prepare_torch
+from parts.typed_config import build, described_keys, get, set_, to_dict, unknown_key
+from torchrl_pmoe.envs import EnvironmentFault
+from torchrl_pmoe.runs import DirectoryInUseError, RunDirectory
+from torchrl_pmoe.runs.files import replace_file
+from torchrl_pmoe.trainers import NonFiniteError
 
 # two runs may start in the same second; a text that stays the same within a command, as ${now:} does
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
@@ -228,8 +228,10 @@ def usage_line(error: BaseException) -> str:
     """What is wrong with the input, in one line; the traceback of an environment's own fault is kept in a file."""
     line = " ".join(str(error).split())
     own = error.__cause__ if isinstance(error, EnvironmentFault) else None
-    return line if own is None or type(own).__module__.startswith("gymnasium.") else (
-        f"{line} ({process.keep_traceback(own)})"
+    return (
+        line
+        if own is None or type(own).__module__.startswith("gymnasium.")
+        else (f"{line} ({process.keep_traceback(own)})")
     )
 
 

@@ -11,21 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict.nn import (
-    AddStateIndependentNormalScale,
-    NormalParamExtractor,
-    TensorDictModule,
-    add_custom_mapping,
-)
+from tensordict.nn import AddStateIndependentNormalScale
 from torch import nn
 from torchrl.data import TensorSpec
-from torchrl.envs.utils import ExplorationType
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
 
-from torchrl_pmoe import GatingActor, MCPActor, NormalMixture, PMOEActor, TanhNormalMixture
+from torchrl_pmoe import NormalMixture, PMOEActor, TanhNormalMixture
+from torchrl_pmoe.baselines import GatingActor, GaussianActor, MCPActor, OptionActor
 from torchrl_pmoe.modules.actors import ExpertsActor
 from torchrl_pmoe.modules.heads import ClampedExp
-from torchrl_pmoe.modules.options import OptionActor
+from torchrl_pmoe.runs import construct
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -74,7 +69,7 @@ class ActorOptions:
         """Keyword arguments of the actors that are made of experts."""
         scales: dict[str, Any] = {"state_dependent_scale": False}
         if self.log_std_bounds is not None:
-            scales = {"scale_mapping": ClampedExp(*self.log_std_bounds), "head_init": self.head_init}
+            scales = {"scale_mapping": construct(ClampedExp, *self.log_std_bounds), "head_init": self.head_init}
         return {
             "spec": self.spec,
             "in_features": self.in_features,
@@ -88,7 +83,9 @@ class ActorOptions:
 
     def build_router(self, outputs: int) -> nn.Linear | str:
         """The router that ``router`` names, of ``outputs`` numbers."""
-        return nn.Linear(self.in_features, outputs, device=self.device) if self.router == "linear" else self.router
+        if self.router != "linear":
+            return self.router
+        return construct(nn.Linear, self.in_features, outputs, device=self.device)
 
 
 # ------------------------------------------------------------------------------------------------ policies
@@ -96,7 +93,8 @@ class ActorOptions:
 
 def build_mixture(options: ActorOptions) -> PMOEActor:
     """A mixture of Gaussian experts."""
-    return PMOEActor(
+    return construct(
+        PMOEActor,
         options.num_experts,
         distribution_class=TanhNormalMixture if options.bounded else NormalMixture,
         distribution_kwargs=dict(options.mixture_kwargs),
@@ -107,43 +105,28 @@ def build_mixture(options: ActorOptions) -> PMOEActor:
 def build_gating(options: ActorOptions) -> GatingActor:
     """A gating mixture of experts: their parameters or actions are blended."""
     blended = {"distribution_class": TanhNormal if options.bounded else IndependentNormal}
-    return GatingActor(options.num_experts, blend=options.blend, **blended, **options.of_experts())
+    return construct(GatingActor, options.num_experts, blend=options.blend, **blended, **options.of_experts())
 
 
 def build_mcp(options: ActorOptions) -> MCPActor:
     """Multiplicative Compositional Policies: the experts' Gaussians are multiplied."""
     blended = {"distribution_class": TanhNormal if options.bounded else IndependentNormal}
-    return MCPActor(options.num_experts, **blended, **options.of_experts())
+    return construct(MCPActor, options.num_experts, **blended, **options.of_experts())
 
 
-def build_gaussian(options: ActorOptions) -> ProbabilisticActor:
+def build_gaussian(options: ActorOptions) -> GaussianActor:
     """The control: TorchRL's own Gaussian actor, of the same size."""
-    spec, device = options.spec, options.device
-    dependent = options.log_std_bounds is not None
-    mlp = MLP(
-        in_features=options.in_features,
-        out_features=(2 if dependent else 1) * spec.shape[-1],
-        num_cells=list(options.hidden_sizes),
+    return construct(
+        GaussianActor,
+        options.spec,
+        options.in_features,
+        num_cells=tuple(options.hidden_sizes),
         activation_class=ACTIVATIONS[options.activation],
-        device=device,
-    )
-    scale: nn.Module
-    if options.log_std_bounds is not None:
-        add_custom_mapping("clamped_exp", ClampedExp(*options.log_std_bounds))
-        for parameter in mlp[-1].parameters():
-            nn.init.uniform_(parameter, -options.head_init, options.head_init)
-        scale = NormalParamExtractor("clamped_exp", scale_lb=0.0)
-    else:
-        scale = AddStateIndependentNormalScale(spec.shape[-1], device=device, scale_mapping="exp", init_value=0.0)
-    limits = {"low": spec.space.low, "high": spec.space.high} if options.bounded else {}
-    return ProbabilisticActor(
-        TensorDictModule(nn.Sequential(mlp, scale), ["observation"], ["loc", "scale"]),
-        in_keys=["loc", "scale"],
-        spec=spec.to(device),
+        log_std_bounds=options.log_std_bounds,
+        head_init=options.head_init,
         distribution_class=TanhNormal if options.bounded else IndependentNormal,
-        distribution_kwargs={name: bound.to(device) for name, bound in limits.items()},
         return_log_prob=options.return_log_prob,
-        default_interaction_type=ExplorationType.RANDOM,
+        device=options.device,
     )
 
 
@@ -170,16 +153,15 @@ def build_qvalue(
     in_features: int, hidden_sizes: Sequence[int], activation: str = "relu", device: torch.device | str = "cpu"
 ) -> ValueOperator:
     """A critic of observation and action, ``in_features`` of both together."""
-    return ValueOperator(
-        MLP(
-            in_features=in_features,
-            out_features=1,
-            num_cells=list(hidden_sizes),
-            activation_class=ACTIVATIONS[activation],
-            device=device,
-        ),
-        in_keys=["observation", "action"],
+    mlp = construct(
+        MLP,
+        in_features=in_features,
+        out_features=1,
+        num_cells=list(hidden_sizes),
+        activation_class=ACTIVATIONS[activation],
+        device=device,
     )
+    return construct(ValueOperator, mlp, in_keys=["observation", "action"])
 
 
 def build_value(

@@ -14,10 +14,10 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import LRSchedulerHook
-from torchrl_pmoe.envs import NormalizeObservationAndReward
-from torchrl_pmoe.trainers import FlatReplay, policy_diagnostics
 
 from parts.training import build_trainer
+from torchrl_pmoe.envs import NormalizeObservationAndReward
+from torchrl_pmoe.trainers import FlatReplay, policy_diagnostics
 
 NORMALIZATION = "normalization"
 """The name of the running statistics among the trainer's modules."""

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 from torchrl.checkpoint import CheckpointError
-from torchrl_pmoe.runs import RunDirectory, VerifiedCheckpoint
-from torchrl_pmoe.runs.metrics import why_unreadable
 
 from parts.errors import UsageError
+from torchrl_pmoe.runs import RunDirectory, VerifiedCheckpoint
+from torchrl_pmoe.runs.metrics import why_unreadable
 
 FORMAT = 4
 """Of what a run keeps.

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from figures import mpl, subplots
-from intervals import Estimate, interquartile_mean, probability_of_improvement
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 
+from parts.figures import mpl, subplots
+from parts.intervals import Estimate, interquartile_mean, probability_of_improvement
 from torchrl_pmoe.envs import TargetReachingTask
 from torchrl_pmoe.envs.target_reaching.routes import effective_routes, erase_loops, h_signature, routes
 

@@ -26,20 +26,29 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import LossModule
+from torchrl.objectives import LossModule, SACLoss
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
+
+from parts import process
+from parts.errors import Interrupted, RunError, UsageError, cause
+from parts.figures import draw_learning_curve
+from parts.resume import does_not_fit, how_to_resume
+from torchrl_pmoe.envs import NormalizeObservationAndReward
 from torchrl_pmoe.envs.making import worker_fault
 from torchrl_pmoe.runs import (
     CheckpointLog,
     EpisodeState,
     Evaluator,
     MetricsFile,
+    PolicyParts,
     RecordedEvaluation,
     RunDirectory,
+    SavedPolicies,
     VerifiedCheckpoint,
     run_logger,
 )
+from torchrl_pmoe.runs.acting import Kind
 from torchrl_pmoe.runs.evaluation import isolated_rng
 from torchrl_pmoe.trainers import (
     ExpertCollapse,
@@ -50,11 +59,6 @@ from torchrl_pmoe.trainers import (
     PeriodicEvaluation,
     ProgressBar,
 )
-
-from parts import process
-from parts.errors import Interrupted, RunError, UsageError, cause
-from parts.figures import draw_learning_curve
-from parts.resume import does_not_fit, how_to_resume
 
 # updates that win back the time of compiling them, with much to spare
 WORTH_COMPILING = 50_000
@@ -113,7 +117,7 @@ def choose_compile(options: Any, updates: float) -> None:
 
 
 def announce(about: str, updates: float, *, compiled: bool) -> None:
-    """Say what is about to be trained, whether its updates are compiled, and why the first takes long, where it does."""
+    """Say what is about to be trained, whether its updates are compiled, and why the first then takes long."""
     as_wished = compiled or updates < WORTH_COMPILING or has_compiler()
     why = "" if as_wished else f" ({NO_COMPILER})"
     print(f"{about}, compile.enabled={str(compiled).lower()}{why}")
@@ -329,8 +333,7 @@ class LoggerOptions:
                 # services of other people raise what they like
                 except Exception as error:
                     raise UsageError(
-                        f"logger.backend={self.backend}: must be one that can be written to "
-                        f"({process.describe(error)})"
+                        f"logger.backend={self.backend}: must be one that can be written to ({process.describe(error)})"
                     ) from error
             yield logger
 
@@ -344,12 +347,36 @@ class Agent:
         seed: its own.
         directory: of its records.
         title: of its picture.
+        actor: the network that is trained.
+        kind: how ``policy`` acts with it.
+        normalization: of the observations.
+        critics: the loss whose critics choose among the proposals, where they do.
     """
 
     policy: TensorDictModuleBase
     seed: int
     directory: Path
     title: str
+    actor: ProbabilisticActor
+    kind: Kind = "deterministic"
+    normalization: NormalizeObservationAndReward | None = None
+    critics: SACLoss | None = None
+
+    def parts(self, evaluation: EvaluationOptions, evaluator: Evaluator) -> PolicyParts:
+        """What a checkpoint keeps of the policy."""
+        box: Any = evaluator.envs[0].action_space
+        return PolicyParts(
+            self.actor,
+            self.seed,
+            evaluation.env,
+            evaluation.env_kwargs,
+            self.kind,
+            *(torch.as_tensor(bound, dtype=torch.float32) for bound in (box.low, box.high)),
+            max_steps=evaluation.max_steps,
+            normalization=self.normalization,
+            critic=None if self.critics is None else self.critics.qvalue_network,
+            critic_params=None if self.critics is None else self.critics.qvalue_network_params,
+        )
 
 
 Measure = Callable[[], list[dict[str, float]]]
@@ -370,6 +397,7 @@ def train_and_record(
     checkpoint: Path | None = None,
     on_resume: Callable[[], None] = lambda: None,
     begin: Callable[[], None] = lambda: None,
+    before_saving: Callable[[], None] = lambda: None,
     only_if_unfinished: bool = False,
 ) -> None:
     """Train to the end; leave ``metrics.csv`` and ``learning_curve.png`` of every agent.
@@ -389,6 +417,7 @@ def train_and_record(
         checkpoint: to go on from.
         on_resume: called once it is loaded.
         begin: called before the first frame; a run that was refused has not come that far.
+        before_saving: called before the agents' policies are written into a checkpoint.
         only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
 
     Raises:
@@ -417,6 +446,8 @@ def train_and_record(
     recorded = RecordedEvaluation(evaluators, metrics, checked, written)
     PeriodicEvaluation(lambda frames: recorded(frames // number), evaluation.interval * number).register(trainer)
     trainer.checkpoint.register("evaluation", recorded)
+    kept = [agent.parts(evaluation, evaluator) for agent, evaluator in zip(agents, evaluators, strict=True)]
+    SavedPolicies(kept, before_saving).register(trainer.checkpoint)
     trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - checkpoints.unsaved
     if checkpoint is not None:
         _resume(trainer, run_dir, checkpoint, recorded, number, finished=only_if_unfinished)

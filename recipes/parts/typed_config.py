@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from hydra.core.config_store import ConfigStore
-from parts.errors import UsageError
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
+
+from parts.errors import UsageError
 
 __all__ = [
     "Device",
@@ -31,6 +32,7 @@ __all__ = [
     "field",
     "get",
     "help_text",
+    "hparams",
     "register",
     "set_",
     "to_dict",
@@ -211,9 +213,11 @@ def help_text(cls: Any, about: str, *examples: str) -> str:
             lines += ["", f"{head}:"]
             top = head
         default = info.get_default(call_default_factory=True) if head == "" else _at(defaults, key)
-        default = {None: "null", True: "true", False: "false"}.get(default, default) if not isinstance(
-            default, list | dict
-        ) else default
+        default = (
+            {None: "null", True: "true", False: "false"}.get(default, default)
+            if not isinstance(default, list | dict)
+            else default
+        )
         lines.append(f"  {f'{key}={default}':<40} {info.description or ''} [{allowed(info)}]".rstrip())
     return "\n".join(lines)
 
@@ -226,10 +230,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def entries(config: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a config."""
-    for key in described_keys(type(config)):
-        yield key, get(config, key)
+def hparams(config: Any) -> dict[str, Any]:
+    """Dotted keys and values of a config, for a service that records them."""
+    return {key: get(config, key) for key in described_keys(type(config)) if key != "resume"}
 
 
 def get(config: Any, key: str) -> Any:

@@ -115,9 +115,7 @@ def test_train_return_is_the_mean_of_the_last_hundred_episodes(num_envs, monkeyp
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_after_a_resume_new_episodes_are_normalised_by_the_statistics_that_were_loaded(
-    num_envs, tmp_path, monkeypatch
-):
+def test_after_a_resume_new_episodes_are_normalised_by_the_statistics_that_were_loaded(num_envs, tmp_path, monkeypatch):
     """As a run begins them whose environment's state is not kept: the checkpoint has the episodes before the rest."""
     monkeypatch.setattr(SimulatorState, "complete", False)
 
@@ -126,8 +124,10 @@ def test_after_a_resume_new_episodes_are_normalised_by_the_statistics_that_were_
         collector = Collector(
             env, env.rand_action, frames_per_batch=20 * num_envs, total_frames=-1, track_traj_ids=False
         )
-        return normalization, collector, VerifiedCheckpoint(
-            episodes=EpisodeState(collector, 0), normalization=normalization
+        return (
+            normalization,
+            collector,
+            VerifiedCheckpoint(episodes=EpisodeState(collector, 0), normalization=normalization),
         )
 
     old, collector, checkpoint = build(0)
@@ -158,7 +158,7 @@ def test_a_policy_of_normalised_observations_reads_raw_ones_and_leaves_them_as_t
     act.in_keys, act.out_keys = ["observation"], ["action"]
     raw = torch.randn(4, 11)
     mean, var = normalization.observations.mean, normalization.observations.var
-    acted = NormalizedPolicy(act, normalization)(batch_of(raw))
+    acted = NormalizedPolicy(act, normalization.normalize)(batch_of(raw))
     torch.testing.assert_close(acted["observation"], raw)
     expected = ((raw.double() - mean) / (var + EPSILON).sqrt()).clamp(-2, 2).float()
     torch.testing.assert_close(acted["action"], expected[:, :3], rtol=1e-4, atol=1e-5)
@@ -166,4 +166,3 @@ def test_a_policy_of_normalised_observations_reads_raw_ones_and_leaves_them_as_t
 
 def batch_of(observation):
     return TensorDict(observation=observation, batch_size=observation.shape[:1])
-

@@ -3,6 +3,7 @@
 from torchrl_pmoe.baselines.blended import GatingActor, MCPActor
 from torchrl_pmoe.baselines.dac import DACLoss
 from torchrl_pmoe.baselines.double_gae import DoubleGAE
+from torchrl_pmoe.baselines.gaussian import GaussianActor
 from torchrl_pmoe.baselines.options import OptionActor
 
-__all__ = ["DACLoss", "DoubleGAE", "GatingActor", "MCPActor", "OptionActor"]
+__all__ = ["DACLoss", "DoubleGAE", "GatingActor", "GaussianActor", "MCPActor", "OptionActor"]

@@ -21,10 +21,10 @@ import torch
 from torchrl.envs import DoubleToFloat, DTypeCastTransform, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.envs.action_units import normalize_actions
-from torchrl_pmoe.envs.envpool_env import EnvPoolEnv
-from torchrl_pmoe.envs.mujoco_tasks import MUJOCO_TASKS, mujoco_task
+from torchrl_pmoe.envs.envpool import EnvPoolEnv
+from torchrl_pmoe.envs.mujoco import MUJOCO_TASKS, mujoco_task
+from torchrl_pmoe.envs.mujoco.engines import has_mjx, quiet_mujoco
 from torchrl_pmoe.envs.parallel import parallel_env
-from torchrl_pmoe.envs.physics import has_mjx, quiet_mujoco
 
 __all__ = ["Backend", "EnvironmentFault", "make_env", "make_gym_env", "try_env", "worker_fault"]
 

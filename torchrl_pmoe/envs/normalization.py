@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from tensordict import TensorDictBase
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.data import Composite, Unbounded
 from torchrl.envs.transforms import Transform
 
-__all__ = ["NormalizeObservationAndReward", "NormalizedPolicy", "RunningMoments"]
+__all__ = ["NormalizeObservationAndReward", "NormalizedPolicy", "RunningMoments", "normalize_observation"]
 
 EPSILON = 1e-8
 # what Gymnasium's statistics count before the first observation
@@ -110,16 +111,14 @@ class NormalizeObservationAndReward(Transform):
         self.to(env.device)
 
     def train_return(self) -> float:
-        """Mean return of the last hundred episodes that have ended, as the environment pays it; nan before the first."""
+        """Mean return of the last hundred episodes that have ended, in the environment's rewards; nan before the first."""
         return self._recent[:-1].nanmean().item()
 
     def normalize(self, observation: Tensor) -> Tensor:
         """Observations ``[*B, O]`` under the statistics as they stand, which do not move."""
         if not self.normalizes_observation:
             return observation
-        mean, std = self.observations.mean, (self.observations.var + EPSILON).sqrt()
-        mean, std = mean.to(observation.device, observation.dtype), std.to(observation.device, observation.dtype)
-        return ((observation - mean) / std).clamp(-self.clip, self.clip)
+        return normalize_observation(observation, self.observations.mean, self.observations.var, self.clip)
 
     def _observe(self, tensordict: TensorDictBase, seen: Tensor | None = None) -> TensorDictBase:
         observation = tensordict.get("observation")
@@ -172,24 +171,28 @@ class NormalizeObservationAndReward(Transform):
         return reward_spec
 
 
+def normalize_observation(observation: Tensor, mean: Tensor, var: Tensor, clip: float) -> Tensor:
+    """Observations ``[*B, O]`` as ``(o - mean) / std``, within ``[-clip, clip]``; ``mean`` and ``var`` are ``[O]``."""
+    mean, std = (x.to(observation.device, observation.dtype) for x in (mean, (var + EPSILON).sqrt()))
+    return ((observation - mean) / std).clamp(-clip, clip)
+
+
 class NormalizedPolicy(TensorDictModuleBase):
     """A policy of normalised observations as one that reads raw observations.
 
     Args:
         policy: trained on normalised observations.
-        normalization: its statistics, read at every call and never updated.
+        normalize: from raw to normalised observations, :meth:`NormalizeObservationAndReward.normalize`.
     """
 
-    def __init__(self, policy: TensorDictModuleBase, normalization: NormalizeObservationAndReward) -> None:
+    def __init__(self, policy: TensorDictModuleBase, normalize: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.in_keys, self.out_keys = policy.in_keys, policy.out_keys
         self.policy = policy
-        self.normalization = normalization
+        self.normalize = normalize
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write what the policy writes; the observation stays as it is."""
         raw = tensordict.get("observation")
-        acted = self.policy(tensordict.copy().set("observation", self.normalization.normalize(raw)))
+        acted = self.policy(tensordict.copy().set("observation", self.normalize(raw)))
         return acted.set("observation", raw)
-
-

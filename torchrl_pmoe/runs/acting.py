@@ -14,13 +14,12 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_pmoe.baselines import MCPActor, OptionActor
 from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.modules.actors import BestOfExpertsActor, ExpertsActor, PMOEActor
-from torchrl_pmoe.modules.baselines import MCPActor
-from torchrl_pmoe.modules.options import OptionActor
 from torchrl_pmoe.runs.evaluation import Evaluator
 
-__all__ = ["KINDS", "Acted", "Episode", "EpisodePlayer", "Kind", "WatchedPolicy", "acting"]
+__all__ = ["KINDS", "Acted", "CarriedOptionPolicy", "Episode", "EpisodePlayer", "Kind", "WatchedPolicy", "acting"]
 
 Kind = Literal["deterministic", "drawn", "stochastic"]
 """The mean of the likeliest expert, the mean of a drawn expert, or a draw of the action as in training."""
@@ -116,6 +115,30 @@ def _keep_gates(actor: ExpertsActor, kept: dict[str, Tensor]) -> None:
         kept["weights"] = gates / gates.sum(-1, keepdim=True)
 
     actor[0].module[-1].register_forward_pre_hook(keep)
+
+
+class CarriedOptionPolicy(TensorDictModuleBase):
+    """A policy over options in episodes that nothing else keeps account of.
+
+    An episode begins where no option has been carried; what the policy writes into ``next`` carries it on.
+
+    Args:
+        policy: reads ``observation``, ``is_init`` and ``previous_option``.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = ["observation"], ["action"]
+        self.policy = policy
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``action``, and the option for the next step."""
+        begins = "previous_option" not in tensordict
+        states = tensordict.copy()
+        states["is_init"] = torch.full((*states.shape, 1), begins, device=states["observation"].device)
+        if begins:
+            states["previous_option"] = torch.zeros_like(states["is_init"], dtype=torch.int64)
+        return self.policy(states)
 
 
 class WatchedPolicy(TensorDictModuleBase):
@@ -220,9 +243,7 @@ class EpisodePlayer:
         env_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.watched = watched
-        self.evaluator = Evaluator(
-            name, policy, episodes=1, max_steps=max_steps, device=device, env_kwargs=env_kwargs
-        )
+        self.evaluator = Evaluator(name, policy, episodes=1, max_steps=max_steps, device=device, env_kwargs=env_kwargs)
         self.env = _RecordedEnv(self.evaluator.envs[0])
         self.evaluator.envs = [self.env]
 

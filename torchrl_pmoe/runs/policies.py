@@ -1,0 +1,346 @@
+"""A trained policy, kept in every checkpoint of a run and loaded again without the script that trained it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.checkpoint import CheckpointError
+from torchrl.data import Bounded
+
+from torchrl_pmoe.baselines import OptionActor
+from torchrl_pmoe.envs.action_units import RawActionPolicy
+from torchrl_pmoe.envs.normalization import NormalizedPolicy, NormalizeObservationAndReward, normalize_observation
+from torchrl_pmoe.modules.actors import BestOfExpertsActor, ExpertsActor
+from torchrl_pmoe.runs.acting import KINDS, CarriedOptionPolicy, Kind, WatchedPolicy, acting
+from torchrl_pmoe.runs.checkpoints import VerifiedCheckpoint
+from torchrl_pmoe.runs.directory import RunDirectory
+
+__all__ = ["LoadedPolicy", "PolicyParts", "SavedPolicies", "construct", "load_policy"]
+
+_COMPONENT = "policy"
+# a blueprint may name classes of these packages, and nothing else
+_TRUSTED = ("torch.nn.", "torchrl.", "tensordict.", "torchrl_pmoe.")
+
+
+# ----------------------------------------------------------------------------------------------- blueprints
+
+
+def construct(cls: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> Any:
+    """``cls(*args, **kwargs)``, with a note of how it was made, so that :func:`load_policy` can make it again.
+
+    Args:
+        cls: a class of PyTorch, TensorDict, TorchRL or this package.
+        *args: numbers, texts, tensors' specs, classes of those packages, sequences and mappings of these, and modules
+            that were made by this function.
+        **kwargs: likewise.
+
+    Returns:
+        The module; its ``blueprint`` is the note, a JSON text.
+
+    Raises:
+        TypeError: for an argument of another type.
+
+    Examples:
+        >>> layer = construct(torch.nn.Linear, 3, 2)
+        >>> layer.blueprint
+        '{"new": "torch.nn.modules.linear.Linear", "args": [3, 2], "kwargs": {}}'
+    """
+    # before the call: a constructor may change what it is given
+    note = {
+        "new": f"{cls.__module__}.{cls.__qualname__}",
+        "args": [_encode(value) for value in args],
+        "kwargs": {key: _encode(value) for key, value in kwargs.items() if key != "device"},
+    }
+    made = cls(*args, **kwargs)
+    made.blueprint = json.dumps(note)
+    return made
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"mapping": {str(key): _encode(item) for key, item in value.items()}}
+    if isinstance(value, type):
+        return {"class": f"{value.__module__}.{value.__qualname__}"}
+    if isinstance(blueprint := getattr(value, "blueprint", None), str):
+        return json.loads(blueprint)
+    if isinstance(value, Bounded):
+        return {"bounds": [value.space.low.tolist(), value.space.high.tolist()]}
+    raise TypeError(f"construct: {type(value).__name__} cannot be noted down.")
+
+
+def _decode(note: Any, device: torch.device | str) -> Any:
+    if isinstance(note, list):
+        return [_decode(item, device) for item in note]
+    if not isinstance(note, dict):
+        return note
+    if "mapping" in note:
+        return {key: _decode(item, device) for key, item in note["mapping"].items()}
+    if "class" in note:
+        return _find(note["class"])
+    if "bounds" in note:
+        low, high = (torch.tensor(bound) for bound in note["bounds"])
+        return Bounded(low, high, low.shape, dtype=low.dtype)
+    made = _find(note["new"])(
+        *_decode(note["args"], device), **{key: _decode(item, device) for key, item in note["kwargs"].items()}
+    )
+    return made.to(device) if isinstance(made, nn.Module) else made
+
+
+def _find(name: str) -> type:
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute, None) if name.startswith(_TRUSTED) else None
+    if not isinstance(found, type):
+        raise CheckpointError(f"{name} is no class that a policy is made of")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- saving
+
+
+@dataclass(frozen=True)
+class PolicyParts:
+    """What it takes to act as an agent does.
+
+    Args:
+        actor: made by :func:`construct`, or one that must be given to :func:`load_policy`.
+        seed: of the agent.
+        env: Gymnasium id.
+        env_kwargs: arguments of the environment.
+        kind: how the agent acts in its run's evaluations.
+        low: lower bounds of the environment's action, ``[A]``.
+        high: upper bounds, ``[A]``.
+        max_steps: where evaluations cut an episode.
+        normalization: of the observations.
+        critic: one critic, made by :func:`construct`, for an agent that acts by the proposal its critics rank highest.
+        critic_params: stacked parameters of all critics, ``[num_critics]``.
+    """
+
+    actor: TensorDictModuleBase
+    seed: int
+    env: str
+    env_kwargs: Mapping[str, Any]
+    kind: Kind
+    low: Tensor
+    high: Tensor
+    max_steps: int = 10_000
+    normalization: NormalizeObservationAndReward | None = None
+    critic: TensorDictModuleBase | None = None
+    critic_params: TensorDictBase | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and texts."""
+        state: dict[str, Any] = {
+            "blueprint": getattr(self.actor, "blueprint", None),
+            "actor": self.actor.state_dict(),
+            "seed": self.seed,
+            "env": self.env,
+            "env_kwargs": json.dumps(dict(self.env_kwargs)),
+            "kind": self.kind,
+            "max_steps": self.max_steps,
+            "low": self.low,
+            "high": self.high,
+        }
+        if (norm := self.normalization) is not None and norm.normalizes_observation:
+            state["normalization"] = {
+                "mean": norm.observations.mean, "var": norm.observations.var, "clip": norm.clip,
+            }  # fmt: skip
+        if self.critic is not None:
+            assert self.critic_params is not None
+            params = self.critic_params.data.flatten_keys(".")
+            state["critic"] = getattr(self.critic, "blueprint", None)
+            state["critic_params"] = {key: value for key, value in params.items() if isinstance(value, Tensor)}
+        return state
+
+
+class SavedPolicies:
+    """The component of a checkpoint that :func:`load_policy` reads.
+
+    Args:
+        agents: of the run.
+        before: called before the agents are read.
+    """
+
+    def __init__(self, agents: Sequence[PolicyParts], before: Callable[[], None] = lambda: None) -> None:
+        self.agents = agents
+        self.before = before
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every agent."""
+        self.before()
+        return {"agents": [agent.state_dict() for agent in self.agents]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: a run that goes on has its weights from its loss."""
+        del state_dict
+
+    def register(self, checkpoint: VerifiedCheckpoint) -> None:
+        """Keep the policies in every checkpoint."""
+        checkpoint.register(_COMPONENT, self)
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+class LoadedPolicy(TensorDictModuleBase):
+    """A trained policy for the environment as it was made: raw observations in, raw actions out.
+
+    Reads ``observation`` ``[*B, O]``, writes ``action`` ``[*B, A]`` within the environment's bounds.
+
+    Attributes:
+        actor: the network that was trained; it reads normalised observations and acts in ``[-1, 1]``.
+        env: Gymnasium id.
+        env_kwargs: arguments of the environment.
+        seed: of the agent.
+        kind: how it acts.
+        checkpoint: it was read from.
+        max_steps: where the run's evaluations cut an episode.
+        in_unit_box: the same policy with actions in ``[-1, 1]``.
+        watched: the part of it that remembers who acted.
+    """
+
+    def __init__(
+        self,
+        actor: TensorDictModuleBase,
+        in_unit_box: TensorDictModuleBase,
+        watched: WatchedPolicy,
+        state: Mapping[str, Any],
+        checkpoint: Path,
+        kind: str,
+    ) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = ["observation"], ["action"]
+        self.actor, self.in_unit_box, self.watched = actor, in_unit_box, watched
+        self.env, self.env_kwargs = state["env"], json.loads(state["env_kwargs"])
+        self.seed, self.kind, self.checkpoint = state["seed"], kind, checkpoint
+        self.max_steps = state["max_steps"]
+        device = next(actor.parameters()).device
+        self._raw = RawActionPolicy(in_unit_box, state["low"].to(device), state["high"].to(device))
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Act."""
+        acted = self._raw(tensordict)
+        self.watched.pop()
+        return acted
+
+
+def load_policy(
+    run: str | Path,
+    *,
+    act: Kind | int | None = None,
+    agent: int | None = None,
+    device: torch.device | str = "cpu",
+    actor: TensorDictModuleBase | None = None,
+) -> LoadedPolicy:
+    """The policy of a run, from its last checkpoint.
+
+    Every byte is checked before it is read; no code of the files runs, and nothing of this process is changed.
+
+    Args:
+        run: directory of a run, or one of its checkpoints.
+
+    Keyword Args:
+        act: ``"deterministic"``, ``"drawn"``, ``"stochastic"``, or the number of the expert that acts alone, by its
+            mean; as in the evaluations of the run if not given.
+        agent: seed of one agent, of a run that has several.
+        device: of the policy.
+        actor: takes the weights, where the run's own actor was not made by :func:`construct`.
+
+    Raises:
+        CheckpointError: in one line, where there is no whole checkpoint with a policy.
+        ValueError: for an agent, a kind or an expert that the run does not have.
+
+    Examples:
+        >>> policy = load_policy("outputs/sac_pmoe/Walker2d-v4-pmoe-seed0/...")
+        >>> GymEnv("Walker2d-v4").rollout(1000, policy)["next", "reward"].sum()
+    """
+    path = Path(run)
+    checkpoint: Path | None = path
+    if path.parent.name != RunDirectory.CHECKPOINTS:
+        checkpoint = next(iter(RunDirectory(path).checkpoints()), None)
+    if checkpoint is None:
+        raise CheckpointError(f"{path} has no checkpoint")
+    found = _StateReader()
+    VerifiedCheckpoint(**{_COMPONENT: found}).load(checkpoint, components=[_COMPONENT], map_location="cpu")
+    states = {state["seed"]: state for state in found.state["agents"]}
+    if agent is None and len(states) == 1:
+        agent = next(iter(states))
+    if agent not in states:
+        given = "must be given" if agent is None else f"{agent} is not there"
+        raise ValueError(f"agent: {given}, {path} has agents of the seeds {', '.join(map(str, states))}")
+    state = states[agent]
+    made = _make(state["blueprint"], device, actor)
+    made.load_state_dict(state["actor"])
+    kind = state["kind"] if act is None else act
+    policy: TensorDictModuleBase = made
+    if isinstance(kind, int) and not isinstance(kind, bool):
+        if not isinstance(made, ExpertsActor) or not 0 <= kind < made.num_experts:
+            number = getattr(made, "num_experts", 0) if isinstance(made, ExpertsActor) else 0
+            raise ValueError(f"act={kind}: must be one of {', '.join(KINDS)} or an expert below {number}")
+        policy, kind = made.expert(kind), "deterministic"
+    elif kind not in KINDS:
+        raise ValueError(f"act={kind!r}: must be one of {', '.join(KINDS)} or the number of an expert")
+    elif state.get("critic") is not None:
+        policy = BestOfExpertsActor(made, _critics(state, device))
+    watched = WatchedPolicy(acting(policy, kind))
+    in_unit_box: TensorDictModuleBase = CarriedOptionPolicy(watched) if isinstance(made, OptionActor) else watched
+    if (norm := state.get("normalization")) is not None:
+        mean, var = norm["mean"].to(device), norm["var"].to(device)
+        in_unit_box = NormalizedPolicy(in_unit_box, lambda raw: normalize_observation(raw, mean, var, norm["clip"]))
+    return LoadedPolicy(made, in_unit_box, watched, state, checkpoint, str(act if act is not None else kind))
+
+
+class _StateReader:
+    """Takes whatever state there is."""
+
+    state: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+
+
+def _make(blueprint: str | None, device: torch.device | str, actor: TensorDictModuleBase | None) -> Any:
+    if actor is not None:
+        return actor.to(device)
+    if blueprint is None:
+        raise ValueError("actor: must be given, the run's own was not made by torchrl_pmoe.runs.construct")
+    # weights are drawn for a moment, and the process's generator is left as it was
+    with torch.random.fork_rng():
+        return _decode(json.loads(blueprint), device)
+
+
+def _critics(state: Mapping[str, Any], device: torch.device | str) -> Callable[[TensorDictBase, Tensor], Tensor]:
+    """The lowest critic's value of proposals ``[*B, K, A]``, ``[*B, K]``."""
+    critic = _make(state["critic"], device, None)
+    stacked = TensorDict(state["critic_params"]).to(device)
+    number = len(next(iter(stacked.values())))
+    params = [
+        TensorDict({key: value[index] for key, value in stacked.items()}).unflatten_keys(".") for index in range(number)
+    ]
+
+    def lowest(states: TensorDictBase, proposals: Tensor) -> Tensor:
+        action = proposals.movedim(-2, 0)  # [K, *B, A]
+        observation = states.get("observation").expand(*action.shape[:-1], -1)
+        values = []
+        for one in params:
+            with one.to_module(critic, preserve_module_state=False):
+                values.append(critic(observation, action).squeeze(-1))
+        return torch.stack(values).amin(0).movedim(0, -1)  # [K, *B] -> [*B, K]
+
+    return lowest
