@@ -42,7 +42,7 @@ from torchrl.objectives.value import GAE
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import LRSchedulerHook
 
-from torchrl_pmoe import NormalMixture, PMOEClipPPOLoss, TanhNormalMixture
+from torchrl_pmoe import MeanOfDrawnExpertActor, NormalMixture, PMOEClipPPOLoss, TanhNormalMixture
 from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
 RULES: dict[str, Rule] = {
@@ -459,7 +459,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         cfg,
         run_dir,
         trainer,
-        agent.for_raw_observations(runs.MeanOfDrawnExpert(actor) if drawn else actor),
+        agent.for_raw_observations(MeanOfDrawnExpertActor(actor) if drawn else actor),
         algorithm="PPO",
         about=f"{describe(cfg, actor)}; {backends.describe(cfg)}",
         updates=updates(cfg),

@@ -36,7 +36,6 @@ from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
 from torchrl_pmoe import NormalMixture
-from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.envs import EpisodeState
 from torchrl_pmoe.envs.simulators import generator_state, load_generator_state
 from torchrl_pmoe.runs import run_logger
@@ -154,24 +153,6 @@ class Evaluator:
         """Close the environments."""
         for env in self.envs:
             env.close()
-
-
-class MeanOfDrawnExpert(TensorDictModuleBase):
-    """Draws an expert from the router and acts on its mean: the authors' evaluation.
-
-    Args:
-        actor: a mixture policy.
-    """
-
-    def __init__(self, actor: ProbabilisticActor) -> None:
-        super().__init__()
-        self.in_keys, self.out_keys = ["observation"], ["action"]
-        self.actor = actor
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``action``."""
-        dist = self.actor.get_dist(tensordict)
-        return tensordict.set("action", take_expert(dist.expert_mode, dist.sample_expert()))
 
 
 def diagnose(

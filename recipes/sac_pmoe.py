@@ -49,7 +49,7 @@ from torchrl.objectives import SACLoss, SoftUpdate
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import SelectKeys
 
-from torchrl_pmoe import BestOfExpertsActor, PMOESACLoss
+from torchrl_pmoe import BestOfExpertsActor, MeanOfDrawnExpertActor, PMOESACLoss
 from torchrl_pmoe.modules.heads import ClampedExp
 from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
@@ -393,7 +393,7 @@ def build_policies(
         )
         return policy, policy
     if cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn":
-        return actor, runs.MeanOfDrawnExpert(actor)
+        return actor, MeanOfDrawnExpertActor(actor)
     return actor, actor
 
 
