@@ -3,7 +3,7 @@
 from torchrl_pmoe.baselines import DACLoss, DoubleGAE, GatingActor, MCPActor, OptionActor
 from torchrl_pmoe.distributions import NormalMixture, RoutingGradient, TanhNormalMixture
 from torchrl_pmoe.envs import BatchedTargetReachingEnv, TargetReachingEnv
-from torchrl_pmoe.modules import BestOfExpertsActor, MixtureParamExtractor, PMOEActor
+from torchrl_pmoe.modules import BestOfExpertsActor, MeanOfDrawnExpertActor, MixtureParamExtractor, PMOEActor
 from torchrl_pmoe.objectives import PMOEClipPPOLoss, PMOESACLoss, PMOETQCLoss
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "DoubleGAE",
     "GatingActor",
     "MCPActor",
+    "MeanOfDrawnExpertActor",
     "MixtureParamExtractor",
     "NormalMixture",
     "OptionActor",

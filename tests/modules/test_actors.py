@@ -1,4 +1,4 @@
-"""PMOEActor: what it writes, who gets which gradient, one expert alone, copies, BestOfExpertsActor."""
+"""PMOEActor: what it writes, who gets which gradient, one expert alone, copies, other ways to act with its experts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from torchrl.objectives import SACLoss
 
 from torchrl_pmoe import (
     BestOfExpertsActor,
+    MeanOfDrawnExpertActor,
     MixtureParamExtractor,
     NormalMixture,
     PMOEActor,
@@ -539,6 +540,50 @@ def test_a_reset_actor_starts_as_a_fresh_one(state_dependent_scale, router):
     if not state_dependent_scale:
         assert (network.log_scale == 0).all()
     assert network.trunk[0].weight.abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------- the mean of a drawn expert
+
+
+@pytest.mark.parametrize("exploration", [ExplorationType.DETERMINISTIC, ExplorationType.RANDOM])
+def test_the_mean_of_an_expert_is_played_as_often_as_the_router_draws_it(exploration):
+    logits = torch.tensor([0.5, -1.0, 1.2, -0.3])
+    loc = torch.tensor([[-2.0], [-0.5], [0.1], [1.5]])
+    network = nn.Linear(OBSERVATION, 3 * EXPERTS)
+    with torch.no_grad():
+        network.weight.zero_()
+        network.bias.copy_(torch.cat([logits, loc.flatten(), torch.zeros(EXPERTS)]))
+    actor = PMOEActor(EXPERTS, spec=Bounded(-1, 3, (1,)), network=network)
+    number = 20_000
+    with set_exploration_type(exploration):
+        action = MeanOfDrawnExpertActor(actor)(observe(number))["action"]
+    means = 1 + 2 * torch.tanh(loc.squeeze(-1))  # onto [-1, 3]
+    played = (action - means).abs() < 1e-5  # [number, K]
+    assert (played.sum(-1) == 1).all()
+    expected = logits.exp() / logits.exp().sum()
+    tolerance = 4 * (expected * (1 - expected) / number).sqrt()
+    assert ((played.float().mean(0) - expected).abs() < tolerance).all()
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (7,), (2, 3)])
+def test_the_mean_of_a_drawn_expert_in_any_batch_shape(batch, device):
+    actor = make_actor(device=device, head_init=2.0)
+    states = observe(*batch).to(device)
+    drawn = MeanOfDrawnExpertActor(actor)(states.clone())
+    means = actor.get_dist(states).loc.tanh()  # [*batch, K, A]
+    played = (drawn["action"].unsqueeze(-2) - means).abs().amax(-1) < 1e-5
+    assert played.shape == (*batch, EXPERTS)
+    assert (played.sum(-1) == 1).all()
+
+
+def test_the_mean_of_a_drawn_expert_goes_where_the_actors_action_goes():
+    actor = make_actor(in_keys=[("agent", "seen")], out_keys=[("agent", "move")])
+    drawn = MeanOfDrawnExpertActor(actor)
+    assert drawn.in_keys == [("agent", "seen")]
+    assert drawn.out_keys == [("agent", "move")]
+    data = drawn(TensorDict(agent=TensorDict(seen=torch.randn(6, OBSERVATION), batch_size=6), batch_size=6))
+    assert data["agent", "move"].shape == (6, ACTION)
+    assert "action" not in data
 
 
 AGENTS = 3

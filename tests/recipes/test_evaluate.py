@@ -24,12 +24,13 @@ from recipe_runs import SMALL_PPO
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_pmoe import MeanOfDrawnExpertActor
+
 import dac  # isort: skip
 import episodes  # isort: skip
 import figures  # isort: skip
 import evaluate  # isort: skip
 import ppo_pmoe  # isort: skip
-import runs  # isort: skip
 import sac_pmoe  # isort: skip
 import seeds  # isort: skip
 
@@ -166,7 +167,7 @@ def test_every_episode_is_the_one_that_its_seed_makes(trained, kind):
     assert [row["seed"] for row in rows] == [str(SEED), str(SEED + 1), str(SEED + 2)]
     policy = {
         "deterministic": asked(agent.actor),
-        "drawn": asked(runs.MeanOfDrawnExpert(agent.actor)),
+        "drawn": asked(MeanOfDrawnExpertActor(agent.actor)),
         "stochastic": asked(agent.actor, ExplorationType.RANDOM),
     }[kind]
     for row in rows:
@@ -189,7 +190,7 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(trained, capsys):
     run, agent = trained(ppo_pmoe, "network.log_std_init=2.0")
     (row,) = table(evaluated(run, "--episodes", "1") / "episodes.csv")
     assert "acting drawn as in the run's own evaluations" in capsys.readouterr().out
-    drawn = asked(runs.MeanOfDrawnExpert(agent.actor))
+    drawn = asked(MeanOfDrawnExpertActor(agent.actor))
     _, rewards = rollout("Pendulum-v1", lambda o: drawn(scaled(agent, o)), SEED)
     assert float(row["return"]) == pytest.approx(rewards.sum(), abs=1e-4)
 

@@ -1,6 +1,6 @@
 """Networks and actors of mixture policies."""
 
-from torchrl_pmoe.modules.actors import BestOfExpertsActor, PMOEActor
+from torchrl_pmoe.modules.actors import BestOfExpertsActor, MeanOfDrawnExpertActor, PMOEActor
 from torchrl_pmoe.modules.heads import ClampedExp, MixtureParamExtractor
 
-__all__ = ["BestOfExpertsActor", "ClampedExp", "MixtureParamExtractor", "PMOEActor"]
+__all__ = ["BestOfExpertsActor", "ClampedExp", "MeanOfDrawnExpertActor", "MixtureParamExtractor", "PMOEActor"]

@@ -18,7 +18,7 @@ from torchrl_pmoe.distributions.proposals import take_expert
 from torchrl_pmoe.modules.networks import Chain, ExpertNetwork, SelectExpert, expert_chain
 from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
 
-__all__ = ["BestOfExpertsActor", "ExpertsActor", "PMOEActor"]
+__all__ = ["BestOfExpertsActor", "ExpertsActor", "MeanOfDrawnExpertActor", "PMOEActor"]
 
 _PARAMS = ("logits", "loc", "scale")
 
@@ -237,7 +237,8 @@ class PMOEActor(ExpertsActor):
 class BestOfExpertsActor(TensorDictModuleBase):
     """Acts on the proposal that the critics rank highest of ``K``, without gradient.
 
-    Exploring, every expert proposes a draw; acting deterministically, its squashed loc. Writes the action alone.
+    Each expert proposes a draw when exploring, and its squashed loc when acting deterministically. Writes the action,
+    beside what the actor's network writes.
 
     Args:
         actor: whose ``get_dist`` returns a mixture.
@@ -270,3 +271,36 @@ class BestOfExpertsActor(TensorDictModuleBase):
         proposals = dist.propose().action if kind is InteractionType.RANDOM else dist.expert_mode
         best = self.score_proposals(tensordict, proposals).argmax(-1)
         return tensordict.set(self.action_key, take_expert(proposals, best))
+
+
+class MeanOfDrawnExpertActor(TensorDictModuleBase):
+    """Draws an expert from the router at every step and acts on its mean, as the paper evaluates.
+
+    The mean is the squashed loc. The expert is drawn whatever the exploration type. Writes the action, beside what the
+    actor's network writes.
+
+    Args:
+        actor: whose ``get_dist`` returns a mixture.
+
+    Examples:
+        >>> actor = PMOEActor(4, spec=Bounded(-1, 1, (6,)), in_features=17)
+        >>> MeanOfDrawnExpertActor(actor)(TensorDict(observation=torch.randn(3, 17), batch_size=3))["action"].shape
+        torch.Size([3, 6])
+    """
+
+    def __init__(self, actor: ProbabilisticActor) -> None:
+        super().__init__()
+        self.actor = actor
+        self.in_keys = actor.in_keys
+        self.action_key = actor[-1].dist_sample_keys[0]
+        self.out_keys = [self.action_key]
+
+    def get_dist(self, tensordict: TensorDictBase) -> NormalMixture:
+        """The wrapped actor's mixture."""
+        return self.actor.get_dist(tensordict)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action into ``tensordict``."""
+        dist = self.actor.get_dist(tensordict)
+        # means [*B, K, A], the drawn expert [*B]
+        return tensordict.set(self.action_key, take_expert(dist.expert_mode, dist.sample_expert()))
