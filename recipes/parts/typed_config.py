@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -212,13 +213,9 @@ def help_text(cls: Any, about: str, *examples: str) -> str:
         if (head := key.rpartition(".")[0]) != top:
             lines += ["", f"{head}:"]
             top = head
-        default = info.get_default(call_default_factory=True) if head == "" else _at(defaults, key)
-        default = (
-            {None: "null", True: "true", False: "false"}.get(default, default)
-            if not isinstance(default, list | dict)
-            else default
-        )
-        lines.append(f"  {f'{key}={default}':<40} {info.description or ''} [{allowed(info)}]".rstrip())
+        value = _at(defaults, key)
+        shown = json.dumps(value) if value is None or isinstance(value, bool) else value
+        lines.append(f"  {f'{key}={shown}':<40} {info.description or ''} [{allowed(info)}]".rstrip())
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from torchrl_pmoe.runs.directory import RunDirectory
 
 __all__ = ["LoadedPolicy", "PolicyParts", "SavedPolicies", "construct", "load_policy"]
 
-_COMPONENT = "policy"
+_COMPONENT = "agents"
 # a blueprint may name classes of these packages, and nothing else
 _TRUSTED = ("torch.nn.", "torchrl.", "tensordict.", "torchrl_pmoe.")
 
