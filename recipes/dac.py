@@ -34,7 +34,8 @@ from ppo_pmoe import build_env
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
-from torchrl.envs import EnvBase, InitTracker
+from torchrl.data import TensorSpec
+from torchrl.envs import InitTracker
 from torchrl.modules import IndependentNormal, TanhNormal, ValueOperator
 
 from torchrl_pmoe.baselines import DACLoss, DoubleGAE, OptionActor
@@ -85,9 +86,8 @@ class MeanOfDrawnOption(TensorDictModuleBase):
         return self.actor.act(tensordict, draw_option=True, draw_action=False)
 
 
-def build_agent(cfg: DACConfig, env: EnvBase) -> tuple[OptionActor, ValueOperator, DACLoss]:
+def build_agent(cfg: DACConfig, spec: TensorSpec, observation_size: int) -> tuple[OptionActor, ValueOperator, DACLoss]:
     """The policy over options, of the same networks as the mixture's in ``ppo_pmoe.py``, its values and its loss."""
-    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     net, device = cfg.network, cfg.device
     router = net.router
     actor = construct(
@@ -116,7 +116,7 @@ def train(cfg: DACConfig, run_dir: Path) -> None:
     """Run one training and leave its records in ``run_dir``."""
     env, normalization = build_env(cfg)
     seed_everything(cfg.seed)
-    actor, value, loss = build_agent(cfg, env)
+    actor, value, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
     env = env.append_transform(InitTracker()).append_transform(actor.make_tensordict_primer())
 
     frames = cfg.collector.frames_per_batch
@@ -132,7 +132,7 @@ def train(cfg: DACConfig, run_dir: Path) -> None:
     )
     schedule = build_schedule(optimizer, -(-cfg.total_frames // frames), falling=cfg.optim.anneal_lr)
     stepper = FusedOptimizationStepper(
-        compile=cfg.compile.enabled, cudagraphs=cfg.compile.cudagraphs, on_nonfinite=cfg.on_nonfinite
+        compile=bool(cfg.compile.enabled), cudagraphs=cfg.compile.cudagraphs, on_nonfinite=cfg.on_nonfinite
     )
     trainer = build_on_policy_trainer(
         run_dir,

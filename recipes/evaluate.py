@@ -68,7 +68,7 @@ def load(path: Path, *, agent: int | None = None, act: str | None = None, on: st
     """
     path, agent = _locate(path, agent)
     config, checkpoint = open_run(path)
-    policy, chosen_by_critics = config.get("policy"), config.get("acting") == "best_of_experts"
+    policy, chosen_by_critics = str(config.get("policy")), config.get("acting") == "best_of_experts"
     if act == "drawn" and (policy in UNIMODAL or chosen_by_critics):
         why = "acting=best_of_experts" if chosen_by_critics else f"policy={policy}, which {UNIMODAL[policy]}"
         raise UsageError(f"--act=drawn: must be deterministic or stochastic with {why}")

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from config.ppo_pmoe import OnPolicyConfig, PPOConfig, resolve
@@ -40,6 +41,7 @@ from parts.training import (
     watch_experts,
 )
 from torch import nn
+from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
@@ -83,15 +85,16 @@ def build_env(cfg: OnPolicyConfig) -> tuple[EnvBase, NormalizeObservationAndRewa
     return env.append_transform(normalization), normalization
 
 
-def build_agent(cfg: PPOConfig, env: EnvBase) -> tuple[ProbabilisticActor, ValueOperator, ClipPPOLoss]:
+def build_agent(
+    cfg: PPOConfig, spec: TensorSpec, observation_size: int
+) -> tuple[ProbabilisticActor, ValueOperator, ClipPPOLoss]:
     """The policy, the value, and the loss; a Q-network in it where one scores the experts."""
-    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     net = cfg.network
     actor = POLICIES[cfg.policy](cfg.actor_options(spec, observation_size))
     orthogonal_policy_(actor, net.head_gain, net.log_std_init)
     value = build_value(observation_size, net.hidden_sizes, net.activation, cfg.device)
     orthogonal_(value, 1.0)
-    bonus = {"entropy_bonus": cfg.loss.entropy_coeff > 0}
+    bonus: dict[str, Any] = {"entropy_bonus": cfg.loss.entropy_coeff > 0}
     if not cfg.critic_scored:
         return actor, value, branch_on_the_host(ClipPPOLoss(actor, value, **cfg.loss_kwargs(), **bonus))
     qvalue = build_qvalue(observation_size + spec.shape[-1], net.qvalue_hidden_sizes, device=cfg.device)
@@ -104,7 +107,7 @@ def train(cfg: PPOConfig, run_dir: Path) -> None:
     """Run one training and leave its records in ``run_dir``."""
     env, normalization = build_env(cfg)
     seed_everything(cfg.seed)
-    actor, value, loss = build_agent(cfg, env)
+    actor, value, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
 
     frames = cfg.collector.frames_per_batch
     collector = build_collector(env, actor, frames_per_batch=frames, device=cfg.device)
@@ -123,7 +126,7 @@ def train(cfg: PPOConfig, run_dir: Path) -> None:
         apart = [loss.qvalue_network_params.parameters()]
     stepper = FusedOptimizationStepper(
         clip_apart=apart,
-        compile=cfg.compile.enabled,
+        compile=bool(cfg.compile.enabled),
         cudagraphs=cfg.compile.cudagraphs,
         on_nonfinite=cfg.on_nonfinite,
     )

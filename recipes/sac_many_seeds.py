@@ -111,7 +111,7 @@ def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
     built = []
     for seed in seeds:
         seed_everything(seed)
-        built.append(build_agent(cfg, env))
+        built.append(build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]))
     agents = [
         as_agent(cfg, run_dir / f"seed{seed}", seed, actor, loss, explorer_and_evaluated(cfg, actor, loss)[1])
         for seed, (actor, loss) in zip(seeds, built, strict=True)
@@ -127,14 +127,14 @@ def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
     collector = build_collector(
         env,
         StackedPolicy(loss),
-        frames_per_batch=cfg.collector.frames_per_batch * number,
+        frames_per_batch=cfg.frames_per_batch * number,
         init_random_frames=cfg.collector.init_random_frames * number,
         device=cfg.device,
     )
     targets = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
     optimizer = build_optimizer(loss, lr=cfg.optim.lr, eps=cfg.optim.adam_eps, weight_decay=cfg.optim.weight_decay)
     stepper = FusedOptimizationStepper(
-        targets, compile=cfg.compile.enabled, cudagraphs=cfg.compile.cudagraphs, shape=(number,)
+        targets, compile=bool(cfg.compile.enabled), cudagraphs=cfg.compile.cudagraphs, shape=(number,)
     )
     # the trainer counts the frames of all agents
     checkpoints = cfg.checkpoint_options(agents=number)
@@ -147,7 +147,7 @@ def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
         stepper=stepper,
         checkpoints=checkpoints,
         seed=cfg.seed,
-        optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * cfg.collector.frames_per_batch)),
+        optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * cfg.frames_per_batch)),
         replay_buffer=buffer,
         target_net_updater=targets,
     )

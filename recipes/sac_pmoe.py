@@ -34,7 +34,7 @@ from parts.training import (
     watch_experts,
 )
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data import TensorDictReplayBuffer, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import SACLoss, SoftUpdate
@@ -53,9 +53,8 @@ class Trained:
     buffer: TensorDictReplayBuffer
 
 
-def build_agent(cfg: SACConfig, env: EnvBase) -> tuple[ProbabilisticActor, SACLoss]:
+def build_agent(cfg: SACConfig, spec: TensorSpec, observation_size: int) -> tuple[ProbabilisticActor, SACLoss]:
     """The policy, and the loss with its critics."""
-    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
     refuse_target_entropy(cfg, spec.shape[-1])
     actor = POLICIES[cfg.policy](cfg.actor_options(spec, observation_size))
     net = cfg.network
@@ -99,7 +98,7 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
             device=cfg.device,
         )
     seed_everything(cfg.seed)
-    actor, loss = build_agent(cfg, env)
+    actor, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
     explorer, evaluated = explorer_and_evaluated(cfg, actor, loss)
 
     buffer = off_policy.build_replay_buffer(
@@ -129,7 +128,7 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
         router_lr=cfg.optim.router_lr,
     )
     stepper = FusedOptimizationStepper(
-        targets, compile=cfg.compile.enabled, cudagraphs=cfg.compile.cudagraphs, on_nonfinite=cfg.on_nonfinite
+        targets, compile=bool(cfg.compile.enabled), cudagraphs=cfg.compile.cudagraphs, on_nonfinite=cfg.on_nonfinite
     )
     trainer = build_trainer(
         run_dir,

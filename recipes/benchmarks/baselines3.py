@@ -12,9 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import common
 from watched_runs import NEVER
 from workers import MissingPackage, Turns
+
+from torchrl_pmoe.envs.making import make_gym_env
 
 
 def _library() -> Any:
@@ -45,7 +46,7 @@ def train_sac(name: str, random_frames: int, turns: Turns) -> None:
     """SAC in one environment, an update of batch 256 a frame, 2 x 256."""
     model = _library().SAC(
         "MlpPolicy",
-        common.make_gym(name),
+        make_gym_env(name),
         learning_starts=random_frames,
         buffer_size=1_000_000,
         batch_size=256,
@@ -65,7 +66,7 @@ def train_ppo(name: str, num_envs: int, turns: Turns) -> None:
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     def single() -> gym.Env:
-        return Monitor(common.make_gym(name))
+        return Monitor(make_gym_env(name))
 
     model = library.PPO(
         "MlpPolicy",
@@ -102,7 +103,7 @@ def learn(algorithm: str, name: str, seed: int, frames: int, interval: int, outp
     torch.set_num_threads(1)
 
     def vector(training: bool) -> Any:
-        env: Any = DummyVecEnv([lambda: Monitor(common.make_gym(name))])
+        env: Any = DummyVecEnv([lambda: Monitor(make_gym_env(name))])
         return VecNormalize(env, training=training, norm_reward=training) if algorithm == "ppo" else env
 
     train_env, eval_env = vector(True), vector(False)

@@ -24,7 +24,7 @@ from typing import Any
 
 import baselines3
 import pandas as pd
-from figures import subplots
+from parts.figures import subplots
 from rounds import at_least_one
 from tqdm import tqdm
 

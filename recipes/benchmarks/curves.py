@@ -16,7 +16,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from figures import subplots
+from parts.figures import subplots
 
 # eight hues that stay apart under every kind of colour blindness (Okabe and Ito), each with a marker of its own
 STYLES = tuple(zip(("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"),

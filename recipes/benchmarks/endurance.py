@@ -21,8 +21,9 @@ from time import perf_counter, sleep
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recording import read_metrics
 from rounds import print_table, write_csv
+
+from torchrl_pmoe.runs import read_metrics
 
 MIB = 2**20
 

@@ -292,7 +292,7 @@ def table(rows: Sequence[Row], points: Sequence[Point]) -> str:
 
 def plot(points: Sequence[Point], path: Path) -> None:
     """Error over samples, both logarithmic, one panel a number of experts."""
-    from figures import subplots
+    from parts.figures import subplots
 
     experts = sorted({point.experts for point in points})
     figure, axes = subplots(1, len(experts), figsize=(5.6 * len(experts), 8), sharex=True, sharey=True, squeeze=False)

@@ -26,12 +26,12 @@ from time import monotonic, sleep
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recording import CLOCKS
 from rounds import at_least_one, command_line, print_table, stop, write_csv
 from torchrl.checkpoint import CheckpointError
 from tqdm import tqdm
 
-from torchrl_pmoe.trainers import VerifiedCheckpoint
+from torchrl_pmoe.runs import VerifiedCheckpoint
+from torchrl_pmoe.runs.metrics import CLOCKS
 
 RECIPES = Path(__file__).parents[1]
 SETTINGS: dict[str, list[str]] = {

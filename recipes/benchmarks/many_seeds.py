@@ -21,33 +21,29 @@ from torchrl.objectives import SoftUpdate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import common
-import runs
 import sac_pmoe
 import update
 import watched_runs
 from hydra.errors import HydraException
+from parts.errors import UsageError
+from parts.training import build_optimizer, prepare_torch
 from rounds import Claim, alternate, at_least_one, command_line, place, report, stop
 from tqdm import tqdm
 
 from torchrl_pmoe.objectives import StackedLoss
+from torchrl_pmoe.trainers import FusedOptimizationStepper
 
 
 def stacked_update(overrides: Sequence[str], seeds: int, device: str, compiled: bool) -> update.Update:
     """One update of ``seeds`` agents, the recipe's own parts."""
     cfg = watched_runs.resolve(sac_pmoe, [f"device={device}", *overrides])
-    cfg.compile.enabled = compiled
     spec = Bounded(-1, 1, (update.ACTION,))
-    losses = []
-    for _ in range(seeds):
-        actor = sac_pmoe.build_actor(cfg, spec, update.OBSERVATION)
-        critic = sac_pmoe.build_qvalue(cfg, spec, update.OBSERVATION)
-        losses.append(sac_pmoe.build_loss(cfg, actor, critic).to(device))
+    losses = [sac_pmoe.build_agent(cfg, spec, update.OBSERVATION)[1].to(device) for _ in range(seeds)]
     loss = losses[0] if seeds == 1 else StackedLoss(losses)
     target = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
     shape = () if seeds == 1 else (seeds,)
-    stepper = runs.build_stepper(cfg, target, shape=shape)
-    trainer = update.stand_in(loss, runs.build_optimizer(cfg, loss, None))
+    stepper = FusedOptimizationStepper(target, compile=compiled, cudagraphs=cfg.compile.cudagraphs, shape=shape)
+    trainer = update.stand_in(loss, build_optimizer(loss, lr=cfg.optim.lr, eps=cfg.optim.adam_eps))
     batches = [update.make_batch(device) for _ in range(seeds)]
     batch = batches[0] if seeds == 1 else TensorDict.stack(batches)
     return lambda: stepper.step(trainer, batch.copy())
@@ -60,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=at_least_one, nargs="+", default=[1, 2, 4, 8], help="S (1 2 4 8)")
     parser.add_argument("--modes", choices=update.MODES, nargs="+", default=list(update.MODES), help="(eager compiled)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("overrides", nargs="*", help="keys of sac_pmoe.yaml, num_experts=4 for one")
+    parser.add_argument("overrides", nargs="*", help="keys of recipes/sac_pmoe.py, num_experts=4 for one")
     args = parser.parse_args(arguments)
     # tensordict and the compiler, about what neither of them can change
     warnings.filterwarnings("ignore", module="torch._dynamo|tensordict|torch._inductor")
     try:
-        common.prepare_torch(watched_runs.resolve(sac_pmoe, [f"device={args.device}", *args.overrides]))
-    except (common.UsageError, HydraException) as error:
+        prepare_torch(watched_runs.resolve(sac_pmoe, [f"device={args.device}", *args.overrides]).optim.num_threads)
+    except (UsageError, HydraException) as error:
         stop(error)
     torch.set_num_threads(args.threads)
     updates = {}

@@ -18,8 +18,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from figures import mpl, subplots
-from intervals import interquartile_mean, probability_of_improvement
+from parts.figures import mpl, subplots
+from parts.intervals import interquartile_mean, probability_of_improvement
 from routes_report import LABELS, POLICY_STYLES, STYLE
 
 COLUMNS = ("entropy", "success", "effective_routes")

@@ -28,14 +28,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import common
 import sac_pmoe
 import watched_runs
+from config.sac_pmoe import SACConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from parts import off_policy
+from parts.errors import UsageError
+from parts.training import prepare_torch
 from rounds import alternate, at_least_one, command_line, place, print_table, stop, write_csv
 
-from torchrl_pmoe.trainers import VerifiedCheckpoint
+from torchrl_pmoe.runs import VerifiedCheckpoint
 
 MIB = 2**20
 CHUNK = 10_000
@@ -52,7 +54,7 @@ def transitions(frames: int, observation_size: int, action_size: int) -> TensorD
         "action": torch.rand(frames, action_size) * 2 - 1,
         "next": {**following, "done": ends, "terminated": ends.clone()},
     }
-    return TensorDict(data, batch_size=frames).select(*sac_pmoe.STORED)
+    return TensorDict(data, batch_size=frames).select(*off_policy.STORED)
 
 
 def num_bytes(data: TensorDict) -> int:
@@ -97,9 +99,9 @@ def incremented(buffer: TensorDictReplayBuffer, checkpoint: VerifiedCheckpoint, 
     return seconds
 
 
-def loaded(cfg: DictConfig, path: Path) -> float:
+def loaded(cfg: SACConfig, path: Path) -> float:
     """Seconds to read it into an empty one."""
-    buffer = sac_pmoe.build_replay_buffer(cfg)
+    buffer = off_policy.build_replay_buffer(cfg.replay_buffer.size, cfg.optim.batch_size)
     start = perf_counter()
     VerifiedCheckpoint(replay_buffer=buffer).load(path)
     seconds = perf_counter() - start
@@ -107,10 +109,10 @@ def loaded(cfg: DictConfig, path: Path) -> float:
     return seconds
 
 
-def measure(cfg: DictConfig, args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
+def measure(cfg: SACConfig, args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds by operation and round, and the figures that are measured once."""
     frames, sizes = cfg.replay_buffer.size, (args.observation_size, args.action_size)
-    buffer = sac_pmoe.build_replay_buffer(cfg)
+    buffer = off_policy.build_replay_buffer(cfg.replay_buffer.size, cfg.optim.batch_size)
     gained = fill(buffer, frames, *sizes)
     process = resident()
     minimum = num_bytes(transitions(1, *sizes))
@@ -147,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
     try:
         cfg = watched_runs.resolve(sac_pmoe, args.overrides)
-        common.prepare_torch(cfg)
+        prepare_torch(cfg.optim.num_threads)
         torch.set_num_threads(args.threads)
         seconds, once = measure(cfg, args)
-    except (common.UsageError, HydraException) as error:
+    except (UsageError, HydraException) as error:
         stop(error)
     print(place(args.threads, args.rounds))
     print(f"{cfg.replay_buffer.size:,} frames of {args.observation_size} observations, {args.action_size} actions")

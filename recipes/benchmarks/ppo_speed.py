@@ -18,13 +18,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import baselines3
-import common
 import ppo_pmoe
 import stock
 import watched_runs
 from hydra.errors import HydraException
+from parts.errors import UsageError
+from parts.training import prepare_torch
 from rounds import Claim, at_least_one, chosen, command_line, place, report, stop
 from workers import Turns, measure, serve
+
+from torchrl_pmoe.envs import EnvironmentFault, make_env
+from torchrl_pmoe.envs.making import make_gym_env
 
 SB3, STOCK = "Stable-Baselines3", "TorchRL's parts in a loop"
 BACKENDS = ("serial", "parallel", "envpool", "mjx")
@@ -70,8 +74,8 @@ def train(args: argparse.Namespace, turns: Turns) -> None:
         baselines3.train_ppo(args.env, args.num_envs, turns)
         return
     if args.worker == STOCK:
-        common.prepare_torch(watched_runs.resolve(ppo_pmoe, overrides(args, [], None)))
-        env = common.make_env(args.env, 0, args.num_envs, clip_actions=True)
+        prepare_torch(watched_runs.resolve(ppo_pmoe, overrides(args, [], None)).optim.num_threads)
+        env = make_env(args.env, num_envs=args.num_envs, clip_actions=True)
         for frames in stock.train_ppo(env):
             turns(frames)
         return
@@ -95,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = recipe_variants(args)
     try:
         watched_runs.resolve(ppo_pmoe, overrides(args, [], None))
-        common.make_gym(args.env).close()
-    except (common.UsageError, HydraException) as error:
+        make_gym_env(args.env).close()
+    except (UsageError, EnvironmentFault, HydraException) as error:
         stop(error)
     found = measure(Path(__file__), chosen((SB3, STOCK, *recipe), args.only), arguments, args)
     print(f"{args.env}, {args.num_envs} environment(s); {place(args.threads, args.rounds)}")

@@ -27,13 +27,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import common
 import gymnasium as gym
 import ppo_pmoe
 import sac_pmoe
 import watched_runs
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from parts.errors import UsageError
 from rounds import RESULTS, alternate, at_least_one, chosen, command_line, place, print_table, stop, write_csv
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
@@ -188,7 +187,7 @@ def instrument(clock: Clock, trainer: Trainer) -> None:
             clock.wrap(owner, attribute, part)
 
 
-def profile(recipe: ModuleType, cfg: DictConfig, warm_up: int, frames: int) -> dict[str, float]:
+def profile(recipe: ModuleType, cfg: Any, warm_up: int, frames: int) -> dict[str, float]:
     """Milliseconds a frame by part, of one run of the recipe."""
     begun = 0
     with Clock() as clock:
@@ -229,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name: watched_runs.resolve(recipe, [*options[name], *given, *args.overrides])
             for name in chosen(options, args.only)
         }
-    except (common.UsageError, HydraException) as error:
+    except (UsageError, HydraException) as error:
         stop(error)
     found = alternate(
         {name: partial(profile, recipe, cfg, warm_up, frames) for name, cfg in configs.items()}, args.rounds

@@ -13,25 +13,34 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
+
+from torchrl_pmoe import PMOEClipPPOLoss
+from torchrl_pmoe.envs import NormalizedPolicy, NormalizeObservationAndReward, RawActionPolicy
+from torchrl_pmoe.envs.making import make_gym_env
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import UsageError, make_gym, prepare_torch, raw_action_policy
-from ppo_pmoe import NORMALIZATION, Agent, build_agent, critic_scored
-from resume import load_components, open_run
+from config.ppo_pmoe import PPOConfig, resolve
+from parts.errors import UsageError
+from parts.on_policy import NORMALIZATION
+from parts.resume import load_components, open_run
+from parts.training import prepare_torch
+from parts.typed_config import build
+from ppo_pmoe import build_agent, build_env
 
 Array = NDArray[np.float64]
 
@@ -80,7 +89,7 @@ class _Copies:
     """Copies of one environment that take the same steps until they are sent apart."""
 
     def __init__(self, name: str, count: int, env_kwargs: Mapping[str, Any] | None = None) -> None:
-        self.envs: list[gym.Env] = [make_gym(name, env_kwargs) for _ in range(count)]
+        self.envs: list[gym.Env] = [make_gym_env(name, env_kwargs) for _ in range(count)]
 
     def reset(self, seed: int | None) -> Array:
         observations = [env.reset(seed=seed)[0] for env in self.envs]
@@ -171,7 +180,15 @@ def proposal_ranking(
     return rank_correlation(scores, returns)
 
 
-def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -> Ranking:
+class ScoredAgent(NamedTuple):
+    """An agent of a run with a Q-network."""
+
+    actor: ProbabilisticActor
+    loss: PMOEClipPPOLoss
+    normalization: NormalizeObservationAndReward
+
+
+def measure_ranking(cfg: PPOConfig, agent: ScoredAgent, states: int, **kwargs: Any) -> Ranking:
     """How well the Q-network ranks the experts' proposals, by Monte-Carlo returns.
 
     Args:
@@ -180,7 +197,10 @@ def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -
         states: that the policy meets.
         **kwargs: of :func:`proposal_ranking`.
     """
-    policy = raw_action_policy(cfg, agent.for_raw_observations(agent.actor))
+    with closing(make_gym_env(cfg.env, cfg.env_kwargs)) as env:
+        box: Any = env.action_space
+    low, high = (torch.as_tensor(bound, dtype=torch.float32, device=cfg.device) for bound in (box.low, box.high))
+    policy = RawActionPolicy(NormalizedPolicy(agent.actor, agent.normalization.normalize), low, high)
 
     def read(observation: np.ndarray) -> TensorDict:
         states = torch.as_tensor(observation, dtype=torch.float32, device=cfg.device)
@@ -196,6 +216,7 @@ def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -
         score = agent.loss.score_proposals(states, proposals)
         return policy.to_raw(proposals).cpu().numpy(), score.cpu().numpy()
 
+    assert cfg.num_experts is not None
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         return proposal_ranking(
             cfg.env,
@@ -210,14 +231,18 @@ def measure_ranking(cfg: DictConfig, agent: Agent, states: int, **kwargs: Any) -
         )
 
 
-def load(run: Path) -> tuple[DictConfig, Agent]:
+def load(run: Path) -> tuple[PPOConfig, ScoredAgent]:
     """The config of a run, and its agent as the last checkpoint left it."""
-    cfg, path = open_run(run)
-    if OmegaConf.select(cfg, "normalization") is None or not critic_scored(cfg):
+    values, path = open_run(run)
+    if values["recipe"] != "ppo_pmoe" or (values["policy"], values["scoring"]) != ("pmoe", "critic"):
         raise UsageError(f"{run}: must be a run with policy=pmoe and scoring=critic, which has a Q-network")
-    agent = build_agent(cfg)
-    load_components(path, {"loss_module": agent.loss, f"trainer_module.{NORMALIZATION}": agent.normalization})
-    return cfg, agent
+    cfg = build(PPOConfig, values)
+    resolve(cfg)
+    env, normalization = build_env(cfg)
+    actor, _, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
+    load_components(path, {"loss_module": loss, f"trainer_module.{NORMALIZATION}": normalization})
+    env.close()
+    return cfg, ScoredAgent(actor, loss, normalization)
 
 
 def main() -> None:
@@ -235,7 +260,7 @@ def main() -> None:
     except UsageError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
-    prepare_torch(cfg)
+    prepare_torch(cfg.optim.num_threads)
     found = measure_ranking(cfg, agent, args.states, rollouts=args.rollouts, horizon=args.horizon)
     print("| run | states | rank correlation | reliability |\n|---|---|---|---|")
     print(

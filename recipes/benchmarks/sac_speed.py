@@ -19,13 +19,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import baselines3
-import common
 import sac_pmoe
 import stock
 import watched_runs
 from hydra.errors import HydraException
+from parts.errors import UsageError
+from parts.training import prepare_torch
 from rounds import Claim, at_least_one, chosen, command_line, place, report, stop
 from workers import Turns, measure, serve
+
+from torchrl_pmoe.envs import EnvironmentFault, make_env
+from torchrl_pmoe.envs.making import make_gym_env
 
 SB3, STOCK = "Stable-Baselines3", "TorchRL's parts in a loop"
 GRADIENT, CRITIC = "recipe, pmoe K=4, gradient-scored", "recipe, pmoe K=4, critic-scored max"
@@ -62,8 +66,8 @@ def train(args: argparse.Namespace, turns: Turns) -> None:
     if args.worker in RECIPE:
         watched_runs.run(sac_pmoe, cfg, turns)
         return
-    common.prepare_torch(cfg)
-    for frames in stock.train_sac(common.make_env(args.env, cfg.seed), RANDOM_FRAMES):
+    prepare_torch(cfg.optim.num_threads)
+    for frames in stock.train_sac(make_env(args.env, seed=cfg.seed), RANDOM_FRAMES):
         turns(frames)
 
 
@@ -80,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         serve(args, train)
     try:
         watched_runs.resolve(sac_pmoe, overrides(args, []))
-        common.make_gym(args.env).close()
-    except (common.UsageError, HydraException) as error:
+        make_gym_env(args.env).close()
+    except (UsageError, EnvironmentFault, HydraException) as error:
         stop(error)
     found = measure(Path(__file__), chosen((SB3, STOCK, *RECIPE), args.only), arguments, args)
     print(place(args.threads, args.rounds))

@@ -212,7 +212,7 @@ def table(verdicts: dict[str, Verdict]) -> str:
 
 def plot(measurements: Sequence[Measurement], verdicts: dict[str, Verdict], path: Path) -> None:
     """Error over draws, both logarithmic; dashed, what the covariance of one draw predicts."""
-    from figures import subplots
+    from parts.figures import subplots
 
     styles = zip(("#0072B2", "#D55E00", "#009E73", "#000000"), ("o", "s", "^", "D"), strict=True)
     figure, axes = subplots(figsize=(8, 5.5))

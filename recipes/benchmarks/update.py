@@ -26,14 +26,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import common
 import raw_sac
-import runs
 import sac_pmoe
 import stock
 import watched_runs
 from hydra.errors import HydraException
+from parts.errors import UsageError
+from parts.training import build_optimizer, prepare_torch
 from rounds import Claim, alternate, at_least_one, chosen, command_line, place, report, stop
+
+from torchrl_pmoe.trainers import FusedOptimizationStepper
 
 OBSERVATION, ACTION, BATCH = 17, 6, 256
 BASE, GAUSSIAN, RAW = "TorchRL SACLoss + TanhNormal", "recipe, gaussian", "PyTorch alone"
@@ -94,12 +96,12 @@ def recipe_update(overrides: Sequence[str], device: str, compiled: bool) -> stoc
     """The recipe's own parts, made by its own builders."""
     cfg = watched_runs.resolve(sac_pmoe, [f"device={device}", *overrides])
     spec = Bounded(-1, 1, (ACTION,))
-    actor = sac_pmoe.build_actor(cfg, spec, OBSERVATION)
-    loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, OBSERVATION)).to(device)
-    optimizer = runs.build_optimizer(cfg, loss, actor)
+    _, loss = sac_pmoe.build_agent(cfg, spec, OBSERVATION)
+    loss = loss.to(device)
+    optimizer = build_optimizer(loss, lr=cfg.optim.lr, eps=cfg.optim.adam_eps)
     target = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
-    cfg.compile.enabled = compiled
-    stepper, trainer = runs.build_stepper(cfg, target), stand_in(loss, optimizer)
+    stepper = FusedOptimizationStepper(target, compile=compiled, cudagraphs=cfg.compile.cudagraphs)
+    trainer = stand_in(loss, optimizer)
     return lambda batch: stepper.step(trainer, batch)
 
 
@@ -188,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # tensordict and the compiler, about what neither of them can change
     warnings.filterwarnings("ignore", module="torch._dynamo|tensordict|torch._inductor")
     try:
-        common.prepare_torch(watched_runs.resolve(sac_pmoe, [f"device={args.device}"]))
-    except (common.UsageError, HydraException) as error:
+        prepare_torch(watched_runs.resolve(sac_pmoe, [f"device={args.device}"]).optim.num_threads)
+    except (UsageError, HydraException) as error:
         stop(error)
     torch.set_num_threads(args.threads)
     builders = make_updates(args.experts, args.device)

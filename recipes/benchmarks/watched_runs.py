@@ -14,15 +14,17 @@ from unittest.mock import patch
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
 from torchrl.trainers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import common
-import runs
+from config.ppo_pmoe import PPOConfig
+from config.sac_pmoe import SACConfig
+from parts.launch import read
+from parts.training import prepare_torch
 
 RECIPES = Path(__file__).parents[1]
+CONFIGS = {"sac_pmoe": SACConfig, "ppo_pmoe": PPOConfig}
 NEVER = 10**9
 QUIET = (
     f"total_frames={NEVER}",
@@ -41,7 +43,7 @@ class Finished(BaseException):
     """
 
 
-def resolve(recipe: ModuleType, overrides: Sequence[str]) -> DictConfig:
+def resolve(recipe: ModuleType, overrides: Sequence[str]) -> Any:
     """The config of a recipe with ``overrides`` after :data:`QUIET`, checked and filled in.
 
     Raises:
@@ -52,13 +54,14 @@ def resolve(recipe: ModuleType, overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
         cfg = compose(recipe.__name__, overrides=[*QUIET, *overrides])
-    recipe.resolve_config(cfg)
-    return cfg
+    config = read(cfg, CONFIGS[recipe.__name__])
+    recipe.resolve(config)
+    return config
 
 
 def run(
     recipe: ModuleType,
-    cfg: DictConfig,
+    cfg: Any,
     after_batch: Callable[[int], None],
     prepare: Callable[[Trainer], None] = lambda trainer: None,
 ) -> None:
@@ -70,19 +73,19 @@ def run(
         after_batch: called with the number of frames, after the updates of each collected batch.
         prepare: called with the trainer before its first frame.
     """
-    train_and_record = runs.train_and_record
+    train_and_record = recipe.train_and_record
     trainers: list[Trainer] = []
 
-    def watched(cfg: DictConfig, run_dir: Path, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def watched(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         trainers.append(trainer)
         prepare(trainer)
         trainer.register_op("post_steps_log", lambda batch: after_batch(trainer.collected_frames))
-        train_and_record(cfg, run_dir, trainer, *args, **kwargs)
+        train_and_record(trainer, *args, **kwargs)
 
-    common.prepare_torch(cfg)
+    prepare_torch(cfg.optim.num_threads)
     with (
         tempfile.TemporaryDirectory() as directory,
-        patch.object(runs, "train_and_record", watched),
+        patch.object(recipe, "train_and_record", watched),
         # the line on what is about to be trained
         redirect_stdout(io.StringIO()),
     ):

@@ -25,7 +25,7 @@ from watched_runs import Finished
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import UsageError
+from parts.errors import UsageError
 
 READY, REFUSED, SPEED, GO = "ready", "refused", "speed", "go"
 

@@ -69,7 +69,7 @@ class TargetReachingConfig(sac_pmoe.SACConfig):
         "pmoe: the default of sac_pmoe.py; pmoe_decoupled: with loss.decoupled; pmoe_paper: preset=paper; "
         "pmoe_all, pmoe_max: back-propagation through all or the best; pmoe_soft: soft frequency, keeps modes",
     )
-    num_seeds: Frames = field(1, "seed, seed + 1, ...")
+    num_seeds: Frames = field(1, "seed, seed + 1, ...")  # type: ignore[assignment]
     num_workers: Frames = field(1, "trainings at a time, each in a process of its own; one thread each")
     num_experts: Experts | None = field(4)
     episodes: Annotated[Integer, Field(ge=10)] = field(100, "of each kind, after training")
@@ -133,7 +133,7 @@ def resolve(config: TargetReachingConfig) -> dict[str, sac_pmoe.SACConfig]:
     )
     # of one training's own keys
     values = to_dict(config)
-    own = [name for name in values if name not in sac_pmoe.SACConfig.__pydantic_fields__]
+    own = [name for name in values if name not in to_dict(sac_pmoe.SACConfig())]
     for name in [*own, "recipe"]:
         del values[name]
     configs = {}

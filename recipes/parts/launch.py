@@ -353,7 +353,7 @@ def own_run_directory(cfg: DictConfig, may_hold: Callable[[Path], bool] = lambda
         UsageError: where it cannot be owned, or a new run would write over what another has left.
     """
     output = Path(HydraConfig.get().runtime.output_dir)
-    resume = OmegaConf.to_container(cfg, resolve=True).get("resume")  # type: ignore[union-attr, call-overload]
+    resume = OmegaConf.to_container(cfg, resolve=True).get("resume")  # type: ignore[union-attr]
     if resume is not None:
         remove_empty(output)
         run = run_of(Path(str(resume)))

@@ -87,7 +87,7 @@ def record_episodes(
     recorded: dict[str, Any] = {}
     mixture = isinstance(actor, PMOEActor)
     for kind in ("stochastic", "deterministic", *(("drawn",) if mixture else ())):
-        found = roll(env, actor, acting(actor, kind), seed)  # type: ignore[arg-type]
+        found = roll(env, actor, acting(actor, kind), seed)
         recorded.update({f"{kind}_{key}": value for key, value in found.items()})
     recorded["entropy"] = -np.nanmean(recorded["stochastic_log_prob"][:, :ENTROPY_STEPS])
     if isinstance(actor, PMOEActor):

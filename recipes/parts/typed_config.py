@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from hydra.core.config_store import ConfigStore
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
@@ -57,10 +57,12 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _device(value: str | None) -> str:
+def _device(value: Any) -> Any:
     """A device of this machine; null is the best one."""
     if value is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(value, str):
+        return value
     try:
         # a device that holds no numbers (meta) is none to train on
         torch.zeros(1, device=value).item()
@@ -83,9 +85,8 @@ Widths = Annotated[
 ]
 """The widths of the hidden layers."""
 Kwargs = Annotated[dict[Annotated[str, Strict()], Any], Allowed("a mapping of names to values")]
-Device = Annotated[
-    Annotated[str, Strict()] | None, AfterValidator(_device), Allowed(f"a device of this machine ({_DEVICES}) or null")
-]
+# null is replaced before the type is looked at: a config always has a text
+Device = Annotated[str, BeforeValidator(_device), Strict(), Allowed(f"a device of this machine ({_DEVICES}) or null")]
 
 
 def config_class(cls: type) -> Any:

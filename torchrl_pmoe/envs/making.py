@@ -74,7 +74,7 @@ def make_env(
     if (why := unavailable(backend, name, env_kwargs)) is not None:
         raise EnvironmentFault(f"backend={backend}: must be serial or parallel {why}")
     if backend == "mjx":
-        batched: EnvBase = mujoco_task(name, num_envs, seed=seed, device=device)
+        batched: EnvBase = mujoco_task(name, num_envs, seed=seed, device=device or "cpu")
         return normalize_actions(batched, clip=clip_actions)
     if backend == "envpool":
         return normalize_actions(EnvPoolEnv(name, num_envs, seed=seed), clip=clip_actions)

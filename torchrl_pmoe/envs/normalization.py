@@ -111,7 +111,7 @@ class NormalizeObservationAndReward(Transform):
         self.to(env.device)
 
     def train_return(self) -> float:
-        """Mean return of the last hundred episodes that have ended, in the environment's rewards; nan before the first."""
+        """Mean return of the last hundred episodes that have ended, not normalised; nan before the first."""
         return self._recent[:-1].nanmean().item()
 
     def normalize(self, observation: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def construct(cls: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> An
         "args": [_encode(value) for value in args],
         "kwargs": {key: _encode(value) for key, value in kwargs.items() if key != "device"},
     }
-    made = cls(*args, **kwargs)
+    made: Any = cls(*args, **kwargs)
     made.blueprint = json.dumps(note)
     return made
 
