@@ -33,7 +33,7 @@ from policies import UNIMODAL, build_experts_actor, describe
 from rules import Rule, choice, either, flag, integer, number, text
 from tensordict import TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, add_custom_mapping
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import (
     LazyMemmapStorage,
@@ -51,6 +51,7 @@ from torchrl.trainers.trainers import SelectKeys
 
 from torchrl_pmoe import BestOfExpertsActor, MeanOfDrawnExpertActor, PMOESACLoss
 from torchrl_pmoe.modules.heads import ClampedExp
+from torchrl_pmoe.objectives import score_proposals
 from torchrl_pmoe.trainers import FiniteLoss, FlatReplay
 
 RULES: dict[str, Rule] = {
@@ -356,41 +357,12 @@ def build_replay_buffer(cfg: DictConfig, device: torch.device | str = "cpu") -> 
     return TensorDictReplayBuffer(storage=storage, batch_size=cfg.optim.batch_size)
 
 
-class Critics:
-    """The critics of a loss, as a function of states and actions.
-
-    Args:
-        loss: its ``qvalue_network`` and parameters are read, never copied.
-    """
-
-    def __init__(self, loss: SACLoss) -> None:
-        self.loss = loss
-
-    @torch.no_grad()
-    def __call__(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Values ``[num_critics, *B]`` of ``action`` ``[*B, A]`` in the states ``observation`` ``[*B, O]``."""
-        network = self.loss.qvalue_network
-        values = []
-        for params in self.loss.qvalue_network_params.data.unbind(0):
-            with params.to_module(network, preserve_module_state=False):
-                values.append(network(observation, action).squeeze(-1))
-        return torch.stack(values)
-
-    def of_proposals(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Values ``[num_critics, *B, K]`` of one proposal ``[*B, K, A]`` per expert."""
-        action = action.movedim(-2, 0)  # [K, *B, A]
-        return self(observation.expand(*action.shape[:-1], -1), action).movedim(1, -1)
-
-
 def build_policies(
     cfg: DictConfig, actor: ProbabilisticActor, loss: SACLoss
 ) -> tuple[TensorDictModuleBase, TensorDictModuleBase]:
     """What explores, and what is evaluated."""
     if cfg.acting == "best_of_experts":
-        critics = Critics(loss)
-        policy = BestOfExpertsActor(
-            actor, lambda states, action: critics.of_proposals(states["observation"], action).amin(0)
-        )
+        policy = BestOfExpertsActor(actor, lambda states, action: score_proposals(loss, states, action))
         return policy, policy
     if cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn":
         return actor, MeanOfDrawnExpertActor(actor)
@@ -446,8 +418,7 @@ def latest(buffer: TensorDictReplayBuffer) -> TensorDictBase:
 
 def diagnose(actor: ProbabilisticActor, loss: SACLoss, states: TensorDictBase) -> dict[str, float]:
     """Diagnostics of a policy in the states that it has met, its proposals judged by the critics."""
-    critics = Critics(loss)
-    return runs.diagnose(actor, states, lambda action: critics.of_proposals(states["observation"], action))
+    return runs.diagnose(actor, states, lambda action: score_proposals(loss, states, action, per_critic=True))
 
 
 def about(cfg: DictConfig, actor: ProbabilisticActor, loss: SACLoss) -> str:
