@@ -13,6 +13,7 @@ if __name__ == "__main__":
     process.begin()
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -42,6 +43,7 @@ from torchrl.objectives import SACLoss, SoftUpdate
 from torchrl_pmoe import BestOfExpertsActor, MeanOfDrawnExpertActor
 from torchrl_pmoe.envs import make_env
 from torchrl_pmoe.envs.making import try_env
+from torchrl_pmoe.objectives import score_proposals
 from torchrl_pmoe.trainers import FusedOptimizationStepper
 
 
@@ -70,7 +72,7 @@ def explorer_and_evaluated(
 ) -> tuple[TensorDictModuleBase, TensorDictModuleBase]:
     """The policy that collects frames, and the one that is evaluated."""
     if cfg.acting == "best_of_experts":
-        best = BestOfExpertsActor(actor, off_policy.lowest_values(loss))
+        best = BestOfExpertsActor(actor, partial(score_proposals, loss))
         return best, best
     drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
     return actor, MeanOfDrawnExpertActor(actor) if drawn else actor

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torchrl
 from tensordict import TensorDictBase
-from torch import Tensor
 from torchrl.data import (
     LazyMemmapStorage,
     LazyTensorStorage,
@@ -23,6 +22,7 @@ from torchrl.trainers.trainers import SelectKeys
 
 from parts.errors import UsageError
 from torchrl_pmoe import PMOESACLoss
+from torchrl_pmoe.objectives import score_proposals
 from torchrl_pmoe.trainers import FlatReplay, policy_diagnostics
 
 STORED = ["observation", "action", *[("next", key) for key in ("observation", "reward", "done", "terminated")]]
@@ -101,42 +101,9 @@ def latest(buffer: TensorDictReplayBuffer) -> TensorDictBase:
     return buffer.storage.get(torch.arange(stop - number, stop) % buffer.storage.max_size)
 
 
-class Critics:
-    """The critics of a loss, as a function of states and actions.
-
-    Args:
-        loss: its ``qvalue_network`` and parameters are read, never copied.
-    """
-
-    def __init__(self, loss: SACLoss) -> None:
-        self.loss = loss
-
-    @torch.no_grad()
-    def __call__(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Values ``[num_critics, *B]`` of ``action`` ``[*B, A]`` in the states ``observation`` ``[*B, O]``."""
-        network = self.loss.qvalue_network
-        values = []
-        for params in self.loss.qvalue_network_params.data.unbind(0):
-            with params.to_module(network, preserve_module_state=False):
-                values.append(network(observation, action).squeeze(-1))
-        return torch.stack(values)
-
-    def of_proposals(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Values ``[num_critics, *B, K]`` of one proposal ``[*B, K, A]`` per expert."""
-        action = action.movedim(-2, 0)  # [K, *B, A]
-        return self(observation.expand(*action.shape[:-1], -1), action).movedim(1, -1)
-
-
 def diagnose(actor: ProbabilisticActor, loss: SACLoss, states: TensorDictBase) -> dict[str, float]:
     """Diagnostics of a policy in the states that it has met, its proposals judged by the critics."""
-    critics = Critics(loss)
-    return policy_diagnostics(actor, states, lambda action: critics.of_proposals(states["observation"], action))
-
-
-def lowest_values(loss: SACLoss) -> Callable[[TensorDictBase, Tensor], Tensor]:
-    """The lowest critic's value of proposals ``[*B, K, A]`` in states ``[*B]``: ``[*B, K]``."""
-    critics = Critics(loss)
-    return lambda states, action: critics.of_proposals(states["observation"], action).amin(0)
+    return policy_diagnostics(actor, states, lambda action: score_proposals(loss, states, action, per_critic=True))
 
 
 def some(buffer: TensorDictReplayBuffer) -> TensorDictBase:

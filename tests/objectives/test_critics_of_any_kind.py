@@ -17,6 +17,7 @@ from torchrl.modules import (
     ValueOperator,
     set_recurrent_mode,
 )
+from torchrl.objectives import CQLLoss, CrossQLoss, SACLoss, TQCLoss
 
 from torchrl_pmoe import (
     BestOfExpertsActor,
@@ -28,6 +29,7 @@ from torchrl_pmoe import (
     TanhNormalMixture,
 )
 from torchrl_pmoe.distributions import mixture
+from torchrl_pmoe.objectives import score_proposals
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("seeded")]
 
@@ -332,6 +334,83 @@ def test_values_that_are_not_numbers_are_no_fault_of_the_shape():
         value = loss.score_proposals(states, random_actions(B, T, K))
     assert value[-1].isnan().all()
     assert value[:-1].isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.3])
+@pytest.mark.parametrize("same_actions", [False, True], ids=["actions differ", "one action"])
+def test_critics_that_start_constant_are_not_taken_for_critics_that_know_any_batch(bias, same_actions):
+    """Their first values are the same in every layout; those after some updates are not."""
+    loss = make_loss(PMOESACLoss, torch_gru, vectorised=False)
+    states, proposals = make_batch(B, T), random_actions(B, T, K)
+    kept = loss.qvalue_network_params.data.clone()
+    head = loss.qvalue_network_params.data["module", "value"]
+    head["weight"].zero_()
+    head["bias"].fill_(bias)
+    first = random_actions(1).expand(B, T, K, ACTION) if same_actions else proposals
+    torch.testing.assert_close(loss.score_proposals(states, first), torch.full((B, T, K), bias).double())
+    loss.qvalue_network_params.data.copy_(kept)
+    torch.testing.assert_close(loss.score_proposals(states, proposals), one_by_one(loss, states, proposals))
+
+
+def test_batch_statistics_are_refused_where_all_experts_propose_the_same_at_first():
+    """Copies of one batch have its statistics: nothing is wrong with the values, until experts differ."""
+    loss = make_loss(PMOESACLoss, normalised)
+    with pytest.raises(ValueError, match="the critics cannot score"):
+        loss.score_proposals(make_batch(B), random_actions(B, 1).expand(B, K, ACTION))
+
+
+class InsideTheUnitBox(nn.Module):
+    """A critic of numbers only for actions inside the box, and with its own weights."""
+
+    def __init__(self, outputs, centred):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((outputs,), 0.5).double())
+        self.centred = centred
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        if self.centred:
+            action = (action - action.mean(0)) / 2
+        inside = (1 - action.square()).log().sum(-1, keepdim=True)  # NaN outside
+        return inside * (0.01 - (self.gain - 0.5).square()).sqrt() + observation.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_critic_that_bears_no_other_weights_is_asked_with_its_own(centred):
+    loss = make_loss(PMOESACLoss, lambda n: ValueOperator(InsideTheUnitBox(n, centred), ["observation", "action"]))
+    loss.qvalue_network_params.data.apply_(lambda gain: gain.fill_(0.5))  # stacking drew them anew
+    states, proposals = make_batch(B), random_actions(B, K)
+    if centred:
+        with pytest.raises(ValueError, match="the critics cannot score"):
+            loss.score_proposals(states, proposals)
+        return
+    torch.testing.assert_close(loss.score_proposals(states, proposals), one_by_one(loss, states, proposals))
+
+
+@pytest.mark.parametrize("kind", [SACLoss, TQCLoss, CrossQLoss, CQLLoss])
+def test_the_critics_of_torchrls_own_losses_score_proposals_too(kind):
+    loss = kind(make_actor(), plain(5 if kind is TQCLoss else 1))
+    states, proposals = make_batch(2, B), random_actions(2, B, K)
+    each = score_proposals(loss, states, proposals, per_critic=True)
+    expected = []  # one critic after the other, one expert after the other
+    for params in loss.qvalue_network_params.data.unbind(0):
+        with params.to_module(loss.qvalue_network, preserve_module_state=False):
+            values = [loss.qvalue_network.module(states["observation"], a) for a in proposals.unbind(-2)]
+        expected.append(torch.stack([value.mean(-1) for value in values], -1))
+    torch.testing.assert_close(each, torch.stack(expected))
+    assert (each[0] - each[1]).abs().min() > 1e-6
+    value = each.mean(0) if kind is TQCLoss else each.amin(0)
+    torch.testing.assert_close(score_proposals(loss, states, proposals), value)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_each_critic_of_our_losses_can_be_told_apart(kind):
+    loss = make_loss(kind, plain)
+    states, proposals = make_batch(B, T), random_actions(B, T, K)
+    each = loss.score_proposals(states, proposals, per_critic=True)
+    assert each.shape == (5 if kind is PMOETQCLoss else 2, B, T, K)
+    value = each.mean(0) if kind is PMOETQCLoss else each.amin(0)
+    torch.testing.assert_close(value, one_by_one(loss, states, proposals))
+    assert (each[0] - each[1]).abs().min() > 1e-6
 
 
 # ------------------------------------------------------------------------------------------------------- agents

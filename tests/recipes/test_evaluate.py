@@ -290,7 +290,15 @@ def test_a_drawn_expert_is_the_one_whose_action_was_played(trained, kind):
 def test_experts_are_the_critics_choice_where_they_choose(trained):
     run, agent = trained(sac_pmoe, "env=Pendulum-v1", "acting=best_of_experts")
     steps = table(evaluated(run, "--episodes", "1") / "experts.csv")
-    critics, chosen = sac_pmoe.Critics(agent.loss), []
+    chosen = []
+
+    def critics(observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Values ``[num_critics, B]``, one critic after the other."""
+        network, values = agent.loss.qvalue_network, []
+        for params in agent.loss.qvalue_network_params.data.unbind(0):
+            with params.to_module(network, preserve_module_state=False):
+                values.append(network(observation, action).squeeze(-1))
+        return torch.stack(values)
 
     def act(observation: torch.Tensor) -> torch.Tensor:
         proposals = agent.actor.get_dist(TensorDict({"observation": observation}, [1])).expert_mode

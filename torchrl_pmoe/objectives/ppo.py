@@ -16,7 +16,7 @@ from torchrl.objectives.utils import _cache_values, _vmap_func, distance_loss
 
 from torchrl_pmoe.distributions.mixture import NormalMixture
 from torchrl_pmoe.distributions.routing import RoutingGradient
-from torchrl_pmoe.objectives.scoring import CriticScoredLoss, Scored
+from torchrl_pmoe.objectives.scoring import CriticScoredLoss, Scored, check_critic_keys, smallest_of_critics
 
 __all__ = ["PMOEClipPPOLoss"]
 
@@ -140,8 +140,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     def _temperature(self) -> Tensor:
         return self.entropy_coeff
 
-    def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
-        return state_action_value.squeeze(-1).amin(0)
+    _reduce_critics = staticmethod(smallest_of_critics)
 
     def _set_in_keys(self) -> None:
         super()._set_in_keys()
@@ -171,7 +170,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         Raises:
             KeyError: if there is no value target.
         """
-        self._check_critic_keys()
+        check_critic_keys(self)
         states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
         if self.separate_losses:  # as the parent does for the value
             states = states.detach()

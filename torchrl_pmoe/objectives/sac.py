@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
-from torch import Tensor
 from torchrl.objectives import SACLoss, TQCLoss
 
 from torchrl_pmoe.distributions.routing import RoutingGradient
-from torchrl_pmoe.objectives.scoring import CriticScoredSACLoss
+from torchrl_pmoe.objectives.scoring import CriticScoredSACLoss, mean_of_quantiles, smallest_of_critics
 
 __all__ = ["PMOESACLoss", "PMOETQCLoss"]
 
@@ -86,8 +85,7 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
         )
         self._set_experts(backprop=backprop, decoupled=decoupled, entropy_from=entropy_from)
 
-    def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
-        return state_action_value.squeeze(-1).amin(0)
+    _reduce_critics = staticmethod(smallest_of_critics)
 
 
 class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
@@ -140,5 +138,4 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         )
         self._set_experts(backprop=backprop, decoupled=decoupled, entropy_from=entropy_from)
 
-    def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
-        return state_action_value.mean((0, -1))
+    _reduce_critics = staticmethod(mean_of_quantiles)

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import CompositeDistribution, TensorDictModule, dispatch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.objectives import SACLoss
+from torchrl.objectives import LossModule, SACLoss, TQCLoss
+from torchrl.objectives.utils import _vmap_func
 
 from torchrl_pmoe.distributions import ExpertProposals, NormalMixture
 from torchrl_pmoe.distributions.routing import (
@@ -29,7 +30,7 @@ from torchrl_pmoe.distributions.routing import (
 from torchrl_pmoe.modules.specs import refuse_unknown
 from torchrl_pmoe.objectives.units import action_units, mixture_of
 
-__all__ = ["CriticScoredLoss", "CriticScoredSACLoss", "Scored"]
+__all__ = ["CriticScoredLoss", "CriticScoredSACLoss", "Scored", "score_proposals"]
 
 BACKPROP = ("max", "all", "routed", "weighted")
 ENTROPY_FROM = ("policy", "winner")
@@ -44,12 +45,260 @@ PARENT_CHOICES: dict[str, tuple[str | None, ...]] = {
 """Options of TorchRL's losses that are looked at in the first call only."""
 
 
+Layouts = dict[tuple[int, int, bool], bool]
+"""Whether critics want what comes before the batch folded into it, by the kind of batch; see :func:`_must_fold`."""
+
+
 class Scored(NamedTuple):
     """Values and log-densities ``[*M, *B, K]`` of the proposals: what the routing loss and the diagnostics read."""
 
     dist: NormalMixture
     value: Tensor
     log_prob: Tensor  # zeros where nothing reads it
+
+
+@torch.no_grad()
+def score_proposals(
+    loss: LossModule, tensordict: TensorDictBase, action: Tensor, *, per_critic: bool = False
+) -> Tensor:
+    """Value of every expert's proposal by the critics of a loss, all in one call and without gradient.
+
+    The critics see the proposals as a new leading dimension, ``[K, *B, *G, A]``: they may read the last batch
+    dimension as time or as agents.
+
+    Args:
+        loss: ours, or one of TorchRL's that holds a ``qvalue_network`` (``SACLoss``, ``TQCLoss``, ``CrossQLoss``, …).
+        tensordict: states ``[*B]``.
+        action: proposals ``[*B, K, A]``; of the agents of a group, ``[*B, *G, K, A]``. An expert's proposals of all
+            agents are scored together.
+        per_critic: give the value of each critic. Otherwise the critics are reduced to the value that the actor's loss
+            maximises: the smallest, or for TQC the mean over critics and quantiles.
+
+    Returns:
+        ``[*B, K]``, or ``[*B, *G, K]``; with ``per_critic`` ``[N, *B, K]``, or ``[N, *B, *G, K]``, for ``N`` critics.
+
+    Raises:
+        KeyError: if the critics write no ``state_action_value`` or do not read the action.
+        ValueError: if the critics cannot score all proposals in one call.
+    """
+    reduce: Callable[[Tensor], Tensor]
+    if per_critic:
+        reduce = _each_critic
+    elif isinstance(loss, CriticScoredLoss):
+        reduce = loss._reduce_critics
+    else:
+        reduce = mean_of_quantiles if isinstance(loss, TQCLoss) else smallest_of_critics
+    # kept apart from what the loss's own updates found: a compiled update would be compiled again for a new entry
+    answers = getattr(loss, "_scoring_layouts", None)
+    if answers is None:
+        answers = loss._scoring_layouts = {}
+    action = action.movedim(-2, 0)  # [K, *B, *G, A]
+    # the loss's own parameters: a collector may have put others in place, which TorchRL's cache of them does not know
+    value = _values(loss, tensordict, action, 1, loss.qvalue_network_params, reduce, answers)
+    return value.movedim(int(per_critic), -1)  # [(N,) K, *B, *G] to [(N,) *B, *G, K]
+
+
+def smallest_of_critics(state_action_value: Tensor) -> Tensor:
+    """Smallest value ``[*B]`` of the critics' ``[N, *B, 1]``."""
+    return state_action_value.squeeze(-1).amin(0)
+
+
+def mean_of_quantiles(state_action_value: Tensor) -> Tensor:
+    """Mean ``[*B]`` over critics and quantiles ``[N, *B, quantiles]``."""
+    return state_action_value.mean((0, -1))
+
+
+def _each_critic(state_action_value: Tensor) -> Tensor:
+    """Value ``[N, *B]`` of each critic, the mean of its outputs ``[N, *B, outputs]``."""
+    return state_action_value.mean(-1)
+
+
+def check_critic_keys(loss: Any) -> None:
+    """Refuse critics that write no value or read no action.
+
+    Raises:
+        KeyError: with the key that is missing.
+    """
+    name, keys = type(loss).__name__, loss.tensor_keys
+    written = [unravel_key(key) for key in loss.qvalue_network.out_keys]
+    if unravel_key(keys.state_action_value) not in written:
+        raise KeyError(
+            f"{name}: the Q-network writes {written}, and {keys.state_action_value!r} is not among them; give it "
+            f"out_keys=[{keys.state_action_value!r}] or call set_keys(state_action_value=...)."
+        )
+    action, read = _path(keys.action), [_path(key) for key in loss.qvalue_network.in_keys]
+    # a Q-network may read the tensordict that holds the action
+    if not any(action[: len(key)] == key for key in read):
+        raise KeyError(
+            f"{name}: the Q-network reads {loss.qvalue_network.in_keys}, and the action {keys.action!r} is not "
+            "among them; proposals could not be told apart. Name it in the in_keys or call set_keys(action=...)."
+        )
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    key = unravel_key(key)
+    return (key,) if isinstance(key, str) else key
+
+
+def _values(
+    loss: Any,
+    tensordict: TensorDictBase,
+    action: Tensor,
+    leading: int,
+    params: TensorDictBase,
+    reduce: Callable[[Tensor], Tensor],
+    answers: Layouts,
+) -> Tensor:
+    """Values ``[*L, *B, *G]`` of actions ``[*L, *B, *G, A]`` in the states ``[*B]``, by one call of the critics.
+
+    Args:
+        loss: whose critics and keys count.
+        tensordict: states ``[*B]``.
+        action: ``[*L, *B, *G, A]``.
+        leading: dimensions of ``*L``.
+        params: of the critics.
+        reduce: from the critics' outputs ``[N, *L, *B, *G, outputs]`` to the values that are returned.
+        answers: see :func:`_must_fold`.
+    """
+    check_critic_keys(loss)
+    states = tensordict.select(*loss.qvalue_network.in_keys, strict=False).exclude(loss.tensor_keys.action)
+    fold = leading > 0 and _must_fold(loss, states, action, leading, answers)
+    return _evaluate(loss, states, action, leading, params, reduce, fold=fold)
+
+
+def _evaluate(
+    loss: Any,
+    states: TensorDictBase,
+    action: Tensor,
+    leading: int,
+    params: TensorDictBase,
+    reduce: Callable[[Tensor], Tensor],
+    *,
+    fold: bool,
+) -> Tensor:
+    """:func:`_values` in one of two layouts: the critics see a batch ``[*L, *B]``, or folded ``[L B_0, B_1, ...]``."""
+    lead, batch = action.shape[:leading], states.batch_size
+    states = states.expand(*lead, *batch)
+    inputs = action
+    if fold:
+        states, inputs = states.flatten(0, leading), action.flatten(0, leading)
+    states.set(loss.tensor_keys.action, inputs)
+    outputs = _critics_of(loss)(states, params).get(loss.tensor_keys.state_action_value)
+    if fold:
+        outputs = outputs.unflatten(1, (*lead, batch[0]))  # [N, L B_0, ...] to [N, *L, *B, *G, outputs]
+    value = reduce(outputs)
+    found = value.shape[1:] if reduce is _each_critic else value.shape
+    if found != action.shape[:-1]:
+        raise ValueError(
+            f"{type(loss).__name__}: the critics must give one value per action, got values of shape "
+            f"{tuple(found)} for actions of shape {tuple(action.shape)}."
+        )
+    return value
+
+
+def _critics_of(loss: Any) -> Callable[[TensorDictBase, TensorDictBase], TensorDictBase]:
+    """All critics as one function of states and parameters; its outputs have the critics as first dimension."""
+    found = getattr(loss, "_vmap_qnetworkN0", None)
+    if found is not None:
+        return found
+    # TorchRL's losses name this function in several ways
+    off = getattr(loss, "deactivate_vmap", False)
+    return _vmap_func(loss.qvalue_network, (None, 0), randomness=loss.vmap_randomness, pseudo_vmap=off)
+
+
+def _must_fold(loss: Any, states: TensorDictBase, action: Tensor, leading: int, answers: Layouts) -> bool:
+    """Whether the critics want ``*L`` inside the first batch dimension; asked of them once for each kind of batch.
+
+    Modules that know ``[*B, ...]`` take any leading dimension. Those that know a single batch dimension
+    (``nn.GRU``, ``nn.Conv2d``, ``nn.BatchNorm1d``) do not. ``answers`` keeps what was found.
+    """
+    kind = (states.ndim, leading, loss.qvalue_network.training)
+    fold = answers.get(kind)
+    if fold is not None:
+        return fold
+    if not can_look_at(action):
+        return False
+    fold = _find_fold(loss, states, action, leading)
+    if fold is not None:
+        answers[kind] = fold
+    return bool(fold)
+
+
+@torch.no_grad()
+def _find_fold(loss: Any, states: TensorDictBase, action: Tensor, leading: int) -> bool | None:
+    """The layout in which the last proposal gets the value that it gets alone; ``None`` if values cannot tell.
+
+    Random weights and disturbed actions are tried first: critics whose last layer starts at zero, or experts that
+    propose the same action, give all proposals one value in every layout.
+
+    Raises:
+        ValueError: if the proposal gets that value in neither layout.
+    """
+    flat = action.flatten(0, leading - 1)  # [L, *B, *G, A]
+    weights: TensorDictBase
+
+    def evaluate(action: Tensor, leading: int, *, fold: bool) -> Tensor:
+        # a copy of the weights: a critic may keep statistics
+        return _evaluate(loss, states, action, leading, weights.clone(), _each_critic, fold=fold)
+
+    # a critic may draw numbers, which the run must not miss
+    with torch.random.fork_rng(devices=[action.device] if action.is_cuda else []):
+        disturbed = flat + torch.randn_like(flat)
+        weights = _random_weights(loss.qvalue_network_params)
+        alone = evaluate(disturbed[-1], 0, fold=False)
+        if alone.isfinite().any():
+            flat = disturbed
+        else:  # these critics take no other weights or actions than their own
+            weights = loss.qvalue_network_params.data
+            alone = evaluate(flat[-1], 0, fold=False)
+        ran: list[tuple[bool, Tensor]] = []
+        why = ""
+        for fold in (False, True) if states.ndim else (False,):
+            try:
+                value = evaluate(flat, 1, fold=fold)  # [N, L, *B, *G]
+            except (RuntimeError, ValueError, IndexError) as error:
+                why = why or f"it raises {type(error).__name__}: {str(error).splitlines()[0]}"
+                continue
+            ran.append((fold, value[:, -1]))
+            if _agree(value[:, -1], alone, value):
+                return fold if value.any() else None
+        if ran and not _agree(evaluate(flat[-1], 0, fold=False), alone, alone):
+            return ran[0][0]  # a critic that draws gives no two values alike
+    if ran:
+        apart = (ran[0][1] - alone).abs().max().item()
+        why = f"a proposal's value beside the others is up to {apart:.2g} from its value alone"
+    raise ValueError(
+        f"{type(loss).__name__}: the critics cannot score the experts' proposals in one call, where these are the "
+        f"first dimension of states {tuple(states.batch_size)}: {why}. A critic must treat what comes before the "
+        "batch as separate inputs: no batch normalisation in training mode, no time or agents read from the first "
+        "dimension."
+    )
+
+
+def _random_weights(params: TensorDictParams) -> TensorDictBase:
+    """A copy of the critics' parameters with random weights, which keep an input's size; buffers (statistics) stay."""
+    drawn = params.data.clone()
+    for key, weight in params.items(True, True):
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+            # matrices are [N, ..., inputs], with N for the critics; the rest are biases, small beside the inputs
+            size = weight.shape[-1] ** -0.5 if weight.ndim > params.ndim + 1 else 0.1
+            drawn.set(key, size * torch.randn_like(weight))
+    return drawn
+
+
+def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
+    """Whether two values differ by rounding alone, which may be that of another kernel; ``scale`` holds their size."""
+    single = value.is_cuda and value.dtype is torch.float32
+    reduced = single and torch.get_float32_matmul_precision() != "highest"
+    if reduced or torch.is_autocast_enabled(value.device.type):
+        eps = torch.finfo(torch.bfloat16).eps
+    elif single:
+        # convolutions and recurrent kernels may round to TF32's ten bits, whatever is asked of matrix products
+        eps = torch.finfo(torch.float16).eps
+    else:
+        eps = torch.finfo(value.dtype).eps
+    size = scale.nan_to_num(0.0, 0.0, 0.0).abs().amax().item()
+    return torch.allclose(value, other, rtol=0.0, atol=32 * eps + eps**0.4 * size, equal_nan=True)
 
 
 class CriticScoredLoss:
@@ -109,7 +358,7 @@ class CriticScoredLoss:
         self.routing_coef = routing_coef
         self.routing_loss = routing_loss
         self.num_proposals = num_proposals
-        self._folds: dict[tuple[int, int, bool], bool] = {}
+        self._layouts: Layouts = {}
 
     @staticmethod
     def _unlisted(qvalue_network: Any) -> Any:
@@ -161,28 +410,8 @@ class CriticScoredLoss:
     def out_keys(self, values: list[NestedKey]) -> None:
         self._out_keys = values
 
-    def _check_critic_keys(self) -> None:
-        """Refuse critics that write no value or read no action, which would otherwise end far from here.
-
-        Raises:
-            KeyError: with the key that is missing.
-        """
-        name, keys = type(self).__name__, self.tensor_keys
-        written = [unravel_key(key) for key in self.qvalue_network.out_keys]
-        if unravel_key(keys.state_action_value) not in written:
-            raise KeyError(
-                f"{name}: the Q-network writes {written}, and {keys.state_action_value!r} is not among them; give it "
-                f"out_keys=[{keys.state_action_value!r}] or call set_keys(state_action_value=...)."
-            )
-        action, read = _path(keys.action), [_path(key) for key in self.qvalue_network.in_keys]
-        if not any(action[: len(key)] == key for key in read):
-            raise KeyError(
-                f"{name}: the Q-network reads {self.qvalue_network.in_keys}, and the action {keys.action!r} is not "
-                "among them; proposals could not be told apart. Name it in the in_keys or call set_keys(action=...)."
-            )
-
     def _reduce_critics(self, state_action_value: Tensor) -> Tensor:
-        """One value per action, ``[*L, *B, *G]``, of what the critics put out, theirs the first dimension."""
+        """One value per action, ``[*L, *B, *G]``, from the critics' outputs ``[N, *L, *B, *G, outputs]``."""
         raise NotImplementedError
 
     @property
@@ -219,9 +448,8 @@ class CriticScoredLoss:
         *,
         per_expert: bool,
         draws: int = 0,
-        params: TensorDictBase | None = None,
     ) -> Tensor:
-        """Value of actions in the states ``[*B]`` of ``tensordict``, by one call of the critics.
+        """Value of actions in the states ``[*B]`` of ``tensordict``, by one call of the detached critics.
 
         Args:
             tensordict: states ``[*B]``.
@@ -229,115 +457,20 @@ class CriticScoredLoss:
                 there are some.
             per_expert: whether the actions are proposals of the experts.
             draws: dimensions of ``*M``.
-            params: of the critics; theirs of now, without gradient, if not given.
 
         Returns:
             ``[*M, *B, *G]``, or ``[*M, *B, *G, K]`` per expert.
         """
-        self._check_critic_keys()
-        if per_expert:
-            action = action.movedim(-2, 0)  # [K, *M, *B, *G, A]: a critic may read batch dimensions as time or agents
-        leading = draws + per_expert
-        states = tensordict.select(*self.qvalue_network.in_keys, strict=False).exclude(self.tensor_keys.action)
-        if params is None:
-            params = self._cached_detached_qvalue_params
-        fold = leading > 0 and self._must_fold(states, action, leading, params)
-        value = self._evaluate(states, action, leading, params, fold=fold)
-        return value.movedim(0, -1) if per_expert else value
+        params = self._cached_detached_qvalue_params
+        if not per_expert:
+            return _values(self, tensordict, action, draws, params, self._reduce_critics, self._layouts)
+        action = action.movedim(-2, 0)  # [K, *M, *B, *G, A]
+        value = _values(self, tensordict, action, draws + 1, params, self._reduce_critics, self._layouts)
+        return value.movedim(0, -1)  # [K, *M, *B, *G] to [*M, *B, *G, K]
 
-    def _evaluate(
-        self, states: TensorDictBase, action: Tensor, leading: int, params: TensorDictBase, *, fold: bool
-    ) -> Tensor:
-        """Values ``[*L, *B, *G]`` of actions ``[*L, *B, *G, A]`` in the states ``[*B]``, ``*L`` of ``leading`` dims.
-
-        The critics see a batch ``[*L, *B]``, or with ``fold`` ``[L B_0, B_1, ...]``.
-        """
-        lead, batch = action.shape[:leading], states.batch_size
-        states = states.expand(*lead, *batch)
-        if fold:
-            states, action = states.flatten(0, leading), action.flatten(0, leading)
-        states.set(self.tensor_keys.action, action)
-        value = self._reduce_critics(self._vmap_qnetworkN0(states, params).get(self.tensor_keys.state_action_value))
-        if value.shape != action.shape[:-1]:
-            raise ValueError(
-                f"{type(self).__name__}: the critics must give one value per action, got values of shape "
-                f"{tuple(value.shape)} for actions of shape {tuple(action.shape)}."
-            )
-        return value.unflatten(0, (*lead, batch[0])) if fold else value
-
-    def _must_fold(self, states: TensorDictBase, action: Tensor, leading: int, params: TensorDictBase) -> bool:
-        """Whether the critics want ``*L`` inside the first batch dimension; asked of them once for each kind of batch.
-
-        Modules that know ``[*B, ...]`` take any leading dimension. Those that know a single batch dimension
-        (``nn.GRU``, ``nn.Conv2d``, ``nn.BatchNorm1d``) do not.
-        """
-        kind = (states.ndim, leading, self.qvalue_network.training)
-        fold = self._folds.get(kind)
-        if fold is not None:
-            return fold
-        if not can_look_at(action):
-            return False
-        fold = self._find_fold(states, action, leading, params)
-        if fold is not None:
-            self._folds[kind] = fold
-        return bool(fold)
-
-    @torch.no_grad()
-    def _find_fold(self, states: TensorDictBase, action: Tensor, leading: int, params: TensorDictBase) -> bool | None:
-        """The layout in which the last proposal gets the value that it gets alone; ``None`` if values cannot tell.
-
-        Raises:
-            ValueError: if it gets that value in neither.
-        """
-        flat = action.flatten(0, leading - 1)
-
-        def evaluate(action: Tensor, leading: int, *, fold: bool) -> Tensor:
-            # copies: a critic may keep statistics
-            return self._evaluate(states, action, leading, params.data.clone(), fold=fold)
-
-        # a critic may draw numbers, which the run must not miss
-        with torch.random.fork_rng(devices=[action.device] if action.is_cuda else []):
-            alone = evaluate(flat[-1], 0, fold=False)
-            ran: list[tuple[bool, Tensor]] = []
-            why = ""
-            for fold in (False, True) if states.ndim else (False,):
-                try:
-                    value = evaluate(flat, 1, fold=fold)
-                except (RuntimeError, ValueError, IndexError) as error:
-                    why = why or f"it raises {type(error).__name__}: {str(error).splitlines()[0]}"
-                    continue
-                ran.append((fold, value))
-                if _agree(value[-1], alone, value):
-                    return fold if value.any() else None
-            if ran and not _agree(evaluate(flat[-1], 0, fold=False), alone, alone):
-                return ran[0][0]  # a critic that draws gives no two values alike
-        if ran:
-            apart = (ran[0][1][-1] - alone).abs().max().item()
-            why = f"a proposal's value beside the others is up to {apart:.2g} from its value alone"
-        raise ValueError(
-            f"{type(self).__name__}: the critics cannot score the experts' proposals in one call, where these are the "
-            f"first dimension of states {tuple(states.batch_size)}: {why}. A critic must treat what comes before the "
-            "batch as separate inputs: no batch normalisation in training mode, no time or agents read from the first "
-            "dimension."
-        )
-
-    @torch.no_grad()
-    def score_proposals(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
-        """Value of every expert's proposal, for acting on the best one.
-
-        Args:
-            tensordict: states ``[*B]``.
-            action: proposals ``[*B, K, A]``; of the agents of a group, ``[*B, *G, K, A]``. An expert's proposals of all
-                agents are scored together.
-
-        Returns:
-            ``[*B, K]``, or ``[*B, *G, K]``.
-
-        Raises:
-            ValueError: if the critics cannot score all proposals in one call.
-        """
-        # those that a collector has put in place, which TorchRL's cache does not know
-        return self._critic_value(tensordict, action, per_expert=True, params=self.qvalue_network_params)
+    def score_proposals(self, tensordict: TensorDictBase, action: Tensor, *, per_critic: bool = False) -> Tensor:
+        """:func:`score_proposals` by the critics of this loss: what :class:`BestOfExpertsActor` asks for."""
+        return score_proposals(self, tensordict, action, per_critic=per_critic)
 
     def _routing(self, scored: Scored) -> Tensor:
         """Routing loss ``[*B]`` before its coefficient."""
@@ -377,26 +510,6 @@ class CriticScoredLoss:
             "expert_usage": probs.mean(0),
             "best_expert_value": scored.value.amax(-1).mean(),
         }
-
-
-def _path(key: NestedKey) -> tuple[str, ...]:
-    key = unravel_key(key)
-    return (key,) if isinstance(key, str) else key
-
-
-def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
-    """Whether two values differ by rounding alone, which may be that of another kernel; ``scale`` holds their size."""
-    single = value.is_cuda and value.dtype is torch.float32
-    reduced = single and torch.get_float32_matmul_precision() != "highest"
-    if reduced or torch.is_autocast_enabled(value.device.type):
-        eps = torch.finfo(torch.bfloat16).eps
-    elif single:
-        # convolutions and recurrent kernels may round to TF32's ten bits, whatever is asked of matrix products
-        eps = torch.finfo(torch.float16).eps
-    else:
-        eps = torch.finfo(value.dtype).eps
-    size = scale.nan_to_num(0.0, 0.0, 0.0).abs().amax().item()
-    return torch.allclose(value, other, rtol=0.0, atol=32 * eps + eps**0.4 * size, equal_nan=True)
 
 
 class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
@@ -534,7 +647,7 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
         Args:
             tensordict: a batch ``[*B]`` of transitions.
         """
-        self._check_critic_keys()
+        check_critic_keys(self)
         weights = self._maybe_get_priority_weight(tensordict)
         loss_qvalue, value_metadata = self.qvalue_v2_loss(tensordict)
         loss_actor, metadata = self.actor_loss(tensordict)
