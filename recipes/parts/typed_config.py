@@ -186,8 +186,9 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [part for part in get_args(annotation) if part is not types.NoneType]
         words = [_words(part, metadata) for part in parts]
-        # a choice of one name reads as that name
-        words = [word.removeprefix("one of ") if "," not in word else word for word in words]
+        if len(words) > 1:
+            # "a number or auto"
+            words = [word.removeprefix("one of ") if "," not in word else word for word in words]
         return " or ".join([*words, *(["null"] if types.NoneType in get_args(annotation) else [])])
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))

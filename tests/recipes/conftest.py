@@ -8,9 +8,10 @@ import sys
 import warnings
 
 import pytest
-from recipe_runs import RECIPES, common
+from recipe_runs import RECIPES
 
-import process  # isort: skip
+from parts import launch as launching  # isort: skip
+from parts import process  # isort: skip
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def launch(monkeypatch, tmp_path, capfd):
     """A recipe as its command starts it, but in this process: its exit status and the lines on stderr."""
     handlers = {number: signal.getsignal(number) for number in process.endings()}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "sweep", common.Sweep())
+    monkeypatch.setattr(launching, "sweep", launching.Sweep())
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

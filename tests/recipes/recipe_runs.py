@@ -14,17 +14,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, Any
 
 import fork_server
 import pytest
 from fork_server import AVAILABLE, RECIPES, Forked, environment
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 sys.path.insert(0, str(RECIPES))
 
-import common
+from config.dac import DACConfig
+from config.ppo_pmoe import PPOConfig
+from config.sac_many_seeds import ManySeedsConfig
+from config.sac_pmoe import SACConfig
+from config.target_reaching import TargetReachingConfig
+from parts.errors import UsageError
+from parts.launch import read
+
+CONFIGS = {
+    "sac_pmoe": SACConfig,
+    "sac_many_seeds": ManySeedsConfig,
+    "ppo_pmoe": PPOConfig,
+    "dac": DACConfig,
+    "target_reaching": TargetReachingConfig,
+}
 
 SMALL_PPO = [
     "env=Pendulum-v1",
@@ -127,14 +140,15 @@ def start(recipe: str, *args: str, directory: Path, anew: bool = False) -> subpr
         return subprocess.CompletedProcess(running.args, running.returncode or 0, *printed)
 
 
-def composed(recipe: ModuleType, *overrides: str) -> DictConfig:
+def composed(recipe: ModuleType, *overrides: str) -> Any:
     with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
-        return compose(recipe.__name__, overrides=list(overrides))
+        cfg = compose(recipe.__name__, overrides=list(overrides))
+    return read(cfg, CONFIGS[recipe.__name__])
 
 
-def resolve(recipe: ModuleType, *overrides: str) -> DictConfig:
+def resolve(recipe: ModuleType, *overrides: str) -> Any:
     cfg = composed(recipe, *overrides)
-    recipe.resolve_config(cfg)
+    recipe.resolve(cfg)
     return cfg
 
 
@@ -155,7 +169,7 @@ def timeless_rows(run: Path) -> list[dict[str, str]]:
 
 def assert_refused(recipe: ModuleType, override: str, allowed: str) -> None:
     key, value = override.split("=", 1)
-    with pytest.raises(common.UsageError) as error:
+    with pytest.raises(UsageError) as error:
         resolve(recipe, override)
     line = str(error.value)
     assert line.startswith(f"{key}={value}: must be ")
