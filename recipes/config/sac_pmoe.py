@@ -17,6 +17,7 @@ from parts.typed_config import (
     Integer,
     Kwargs,
     Number,
+    RunPath,
     Size,
     Text,
     Widths,
@@ -133,7 +134,7 @@ class SACConfig:
         None, "best_of_experts: the proposal that the critics rank highest"
     )
     device: Device = field(None, "null: cuda where there is one, else cpu")
-    resume: Text | None = field(None, "directory of an earlier run, to go on from its last checkpoint, or a checkpoint")
+    resume: RunPath = field(None, "an earlier run, to go on from its last checkpoint, or one of its checkpoints")
     on_nonfinite: Literal["stop", "skip"] = field("stop", "an update in which a number is NaN or infinite")
     network: Network = group(Network)
     optim: Optim = group(Optim)

@@ -187,7 +187,12 @@ def how_to_resume(run: Path) -> str:
         return "it cannot go on, with checkpoint.replay_buffer=false a checkpoint is without what that takes"
     if Path(sys.argv[0]).stem == "target_reaching" and config.get("recipe") != "target_reaching":
         run = run.parent  # that script goes on with an experiment, not with one training of it
-    return f"goes on with: {shlex.join(['python', sys.argv[0], resume_argument(run)])}"
+    return f"goes on with: {command_to_resume(run)}"
+
+
+def command_to_resume(run: Path) -> str:
+    """What to type in a shell to go on with a run."""
+    return shlex.join(["python", sys.argv[0], resume_argument(run)])
 
 
 def resume_argument(run: Path) -> str:

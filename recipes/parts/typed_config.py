@@ -24,6 +24,7 @@ __all__ = [
     "Integer",
     "Kwargs",
     "Number",
+    "RunPath",
     "Size",
     "Text",
     "Widths",
@@ -78,6 +79,10 @@ Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Size = Annotated[int, BeforeValidator(_whole), Strict(), Field(ge=1, le=2**31 - 1)]
+RunPath = Annotated[
+    Annotated[str, Strict(), Field(min_length=1)] | None,
+    Allowed("the directory of a run, with its config.yaml and checkpoints, or one of its checkpoints, or null"),
+]
 Widths = Annotated[
     list[Annotated[int, BeforeValidator(_whole), Strict(), Field(ge=1, le=2**20)]],
     Field(min_length=1),
