@@ -65,6 +65,12 @@ def test_a_record_without_a_whole_row_begins(text, tmp_path):
     assert go_on(tmp_path, text) == [["frames", "return_mean", "loss"], ["300", "3", "0.5"]]
 
 
+@pytest.mark.parametrize("torn", ["768,6.", "768,6.5,", "768,6.5,1", "7", "768,6.\r\n", "768,6.5,1\0\0\r\n"])
+def test_a_torn_row_is_dropped_when_a_record_goes_on(torn, tmp_path):
+    found = go_on(tmp_path, "frames,return_mean,loss\r\n256,1.5,2\r\n512,2.5,3\r\n" + torn, frames=1000)
+    assert found[1:] == [["256", "1.5", "2"], ["512", "2.5", "3"], ["300", "3", "0.5"]]
+
+
 @pytest.mark.parametrize(
     ("text", "begins"),
     [
