@@ -170,7 +170,7 @@ def test_runs_of_the_same_second_have_directories_of_their_own():
         assert hydra.sweep.dir == hydra.sweep.dir  # of all its jobs
         return hydra.run.dir, hydra.sweep.dir
 
-    for recipe in ("sac_pmoe", "ppo_pmoe", "dac", "target_reaching"):
+    for recipe in ("sac_pmoe", "sac_many_seeds", "ppo_pmoe", "dac", "target_reaching"):
         for one, other in zip(directories(recipe), directories(recipe), strict=True):
             assert one != other
             assert re.search(r"/[\d-]{10}_[\d-]{8}-[0-9a-f]{8}$", one)
@@ -237,23 +237,15 @@ def test_every_training_of_an_experiment_has_its_frames_in_a_place_of_its_own():
 # ------------------------------------------------------------------------------------------- what a run is told to be
 
 
-def test_a_run_says_of_which_recipe_it_is_and_one_from_before_that_is_known(finished, monkeypatch):
-    assert OmegaConf.load(finished / "config.yaml").recipe == "sac_pmoe"
-    read, load = resume.read_metadata, OmegaConf.load
-
-    def without(config):
-        del config["recipe"]
-        return config
-
-    monkeypatch.setattr(resume, "read_metadata", lambda path: {"config": without(read(path)["config"])})
-    monkeypatch.setattr(OmegaConf, "load", lambda path: without(load(path)))
-    assert resume.open_run(finished)[0].recipe == "sac_pmoe"
+def test_a_run_says_of_which_recipe_it_is(finished):
+    assert resume.read_config(finished)["recipe"] == "sac_pmoe"
+    assert resume.open_run(finished)[0]["recipe"] == "sac_pmoe"
 
 
 def test_a_run_that_cannot_go_on_is_not_told_to(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sac_pmoe.py"])
     assert resume.how_to_resume(finished) == f"goes on with: python sac_pmoe.py resume={finished}"
-    (tmp_path / "config.yaml").write_text("checkpoint:\n  replay_buffer: false\n")
+    (tmp_path / "config.yaml").write_text("recipe: sac_pmoe\ncheckpoint:\n  replay_buffer: false\n")
     assert resume.how_to_resume(tmp_path).startswith("it cannot go on, with checkpoint.replay_buffer=false ")
 
 
