@@ -13,6 +13,7 @@ from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, 
 from parts.typed_config import (
     Allowed,
     Device,
+    Directory,
     Flag,
     Integer,
     Kwargs,
@@ -133,7 +134,9 @@ class SACConfig:
         None, "best_of_experts: the proposal that the critics rank highest"
     )
     device: Device = field(None, "null: cuda where there is one, else cpu")
-    resume: Text | None = field(None, "directory of an earlier run, to go on from its last checkpoint, or a checkpoint")
+    resume: Directory | None = field(
+        None, "directory of an earlier run, to go on from its last checkpoint, or a checkpoint"
+    )
     on_nonfinite: Literal["stop", "skip"] = field("stop", "an update in which a number is NaN or infinite")
     network: Network = group(Network)
     optim: Optim = group(Optim)
