@@ -10,10 +10,10 @@ from parts.resume import metadata
 from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, choose_compile
 from parts.typed_config import (
     Device,
-    Directory,
     Flag,
     Kwargs,
     Number,
+    RunPath,
     Size,
     Text,
     Widths,
@@ -120,9 +120,7 @@ class OnPolicyConfig:
         "unbounded", "unbounded: Gaussians, clipped into [-1, 1]; bounded: behind a tanh"
     )
     device: Device = field(None, "null: cuda where there is one, else cpu")
-    resume: Directory | None = field(
-        None, "directory of an earlier run, to go on from its last checkpoint, or a checkpoint"
-    )
+    resume: RunPath = field(None, "an earlier run, to go on from its last checkpoint, or one of its checkpoints")
     on_nonfinite: Literal["stop", "skip"] = field("stop", "an update in which a number is NaN or infinite")
     network: Network = group(Network)
     optim: Optim = group(Optim)

@@ -13,11 +13,11 @@ from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, 
 from parts.typed_config import (
     Allowed,
     Device,
-    Directory,
     Flag,
     Integer,
     Kwargs,
     Number,
+    RunPath,
     Size,
     Text,
     Widths,
@@ -134,9 +134,7 @@ class SACConfig:
         None, "best_of_experts: the proposal that the critics rank highest"
     )
     device: Device = field(None, "null: cuda where there is one, else cpu")
-    resume: Directory | None = field(
-        None, "directory of an earlier run, to go on from its last checkpoint, or a checkpoint"
-    )
+    resume: RunPath = field(None, "an earlier run, to go on from its last checkpoint, or one of its checkpoints")
     on_nonfinite: Literal["stop", "skip"] = field("stop", "an update in which a number is NaN or infinite")
     network: Network = group(Network)
     optim: Optim = group(Optim)

@@ -20,11 +20,11 @@ from parts.errors import UsageError
 
 __all__ = [
     "Device",
-    "Directory",
     "Flag",
     "Integer",
     "Kwargs",
     "Number",
+    "RunPath",
     "Size",
     "Text",
     "Widths",
@@ -58,11 +58,6 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _name(value: Any) -> Any:
-    """A directory may be called ``5``."""
-    return str(value) if type(value) is int else value
-
-
 def _device(value: Any) -> Any:
     """A device of this machine; null is the best one."""
     if value is None:
@@ -83,8 +78,11 @@ Integer = Annotated[int, BeforeValidator(_whole), Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
-Directory = Annotated[str, BeforeValidator(_name), Strict(), Field(min_length=1)]
 Size = Annotated[int, BeforeValidator(_whole), Strict(), Field(ge=1, le=2**31 - 1)]
+RunPath = Annotated[
+    Annotated[str, Strict(), Field(min_length=1)] | None,
+    Allowed("the directory of a run, with its config.yaml and checkpoints, or one of its checkpoints, or null"),
+]
 Widths = Annotated[
     list[Annotated[int, BeforeValidator(_whole), Strict(), Field(ge=1, le=2**20)]],
     Field(min_length=1),
