@@ -40,6 +40,7 @@ from parts.intervals import interquartile_mean
 from parts.launch import owned, usage_line
 from parts.networks import UNIMODAL, describe
 from parts.resume import open_run
+from parts.training import prepare_torch
 from parts.video import NoVideoError, progress, write_video
 from torchrl.checkpoint import CheckpointError
 
@@ -74,11 +75,13 @@ def load(path: Path, *, agent: int | None = None, act: str | None = None, on: st
         raise UsageError(f"--act=drawn: must be deterministic or stochastic with {why}")
     try:
         loaded = load_policy(checkpoint, agent=agent, act=act, device=on)  # type: ignore[arg-type]
-    except (CheckpointError, ValueError) as error:
-        line = str(error).replace("agent:", "--agent:")
-        raise UsageError(f"{path}: {' '.join(line.split())}") from error
+    except CheckpointError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        # its arguments are ours
+        raise UsageError(f"--{error}") from error
     # one state at a time, and numbers that do not depend on the machine's cores
-    torch.set_num_threads(1)
+    prepare_torch(1)
     return loaded
 
 

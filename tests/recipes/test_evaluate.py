@@ -25,14 +25,14 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_pmoe import MeanOfDrawnExpertActor
+from torchrl_pmoe.runs import Episode, EpisodePlayer
 
 import dac  # isort: skip
-import episodes  # isort: skip
-import figures  # isort: skip
 import evaluate  # isort: skip
 import ppo_pmoe  # isort: skip
+import sac_many_seeds  # isort: skip
 import sac_pmoe  # isort: skip
-import seeds  # isort: skip
+from parts import figures, video  # isort: skip
 
 TINY_SAC = [
     "seed=3",
@@ -66,21 +66,42 @@ def config(recipe: Any, *overrides: str) -> Any:
     return recipe_runs.resolve(recipe, "device=cpu", "logger.progress_bar=false", *overrides)
 
 
+def train_and_keep(recipe: Any, run: Path, *overrides: str) -> list[Any]:
+    """Train; the agents, as they are in memory."""
+    agents: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        build, make = recipe.build_agent, getattr(recipe, "build_env", None)
+
+        def build_agent(*given: Any) -> Any:
+            built = build(*given)
+            agents.append(SimpleNamespace(actor=built[0], loss=built[-1]))
+            return built
+
+        def build_env(cfg: Any) -> Any:
+            normalizations.append(make(cfg))
+            return normalizations[-1]
+
+        normalizations: list[Any] = []
+        patch.setattr(recipe, "build_agent", build_agent)
+        if make is not None:
+            patch.setattr(recipe, "build_env", build_env)
+        recipe.train(config(recipe, *overrides), run)
+    for agent, (_, normalization) in zip(agents, normalizations, strict=False):
+        agent.normalization = normalization
+    return agents
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Callable[..., Made]:
     """Trains with a recipe and overrides, once."""
     made: dict[Any, Made] = {}
 
     def train(recipe: Any, *overrides: str) -> Made:
-        name, tiny = ("build_loss", TINY_SAC) if recipe is sac_pmoe else ("build_agent", TINY_PPO)
         if (recipe, overrides) not in made:
-            run, parts = tmp_path_factory.mktemp("run"), []
-            build = getattr(recipe, name)
-            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                patch.setattr(recipe, name, lambda *given: parts.append(build(*given)) or parts[0])
-                found = recipe.train(config(recipe, *tiny, *overrides), run)
-            agent = parts[0] if found is None else SimpleNamespace(actor=found.actor, loss=parts[0])
-            made[recipe, overrides] = Made(run, agent)
+            run = tmp_path_factory.mktemp("run")
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                agents = train_and_keep(recipe, run, *(TINY_SAC if recipe is sac_pmoe else TINY_PPO), *overrides)
+            made[recipe, overrides] = Made(run, agents[0])
         return made[recipe, overrides]
 
     return train
@@ -97,7 +118,7 @@ def _settings_of_the_process_stay():
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """They are half of the time, and have a test of their own."""
-    monkeypatch.setattr(evaluate, "draw", lambda cfg, episode, path: path.write_bytes(b""))
+    monkeypatch.setattr(evaluate, "draw", lambda env, policy, episode, path: path.write_bytes(b""))
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -142,8 +163,8 @@ def asked(policy: Any, kind: ExplorationType = ExplorationType.DETERMINISTIC) ->
 
 def scaled(agent: Any, observation: torch.Tensor) -> torch.Tensor:
     """By the statistics that the training ended with."""
-    found = agent.normalization.statistics["observation"]
-    mean, std = torch.as_tensor(found.mean), torch.as_tensor(found.var + 1e-8).sqrt()
+    found = agent.normalization.observations
+    mean, std = found.mean, (found.var + 1e-8).sqrt()
     return ((observation - mean.float()) / std.float()).clamp(-10, 10)
 
 
@@ -225,18 +246,20 @@ def test_mean_spread_and_interquartile_mean_are_those_of_the_table(trained, caps
 
 
 def test_each_of_several_agents_can_be_asked_for(tmp_path, capsys):
-    agents = seeds.train(config(sac_pmoe, *TINY_SAC, "env=Pendulum-v1", "num_seeds=2"), tmp_path)
+    agents = train_and_keep(sac_many_seeds, tmp_path, *TINY_SAC, "env=Pendulum-v1", "num_seeds=2")
     ways = [[str(tmp_path), "--agent", "3"], [str(tmp_path / "seed4")]]
-    for agent, way in zip(agents, ways, strict=True):
+    for seed, agent, way in zip((3, 4), agents, ways, strict=True):
         assert evaluate.main([*way, "--episodes", "1", "--no-video"]) == 0
-        (row,) = table(tmp_path / f"seed{agent.seed}" / "evaluation" / "episodes.csv")
-        assert row["seed"] == str(agent.seed + 4_000_000)
+        (row,) = table(tmp_path / f"seed{seed}" / "evaluation" / "episodes.csv")
+        assert row["seed"] == str(seed + 4_000_000)
         _, rewards = rollout("Pendulum-v1", asked(agent.actor), int(row["seed"]))
         assert float(row["return"]) == pytest.approx(rewards.sum(), abs=1e-6)
     capsys.readouterr()
-    for wrong in ([], ["--agent", "5"]):
+    for wrong, line in (([], "--agent: must be given, "), (["--agent", "5"], "--agent=5: must be ")):
         assert evaluate.main([str(tmp_path), *wrong]) == 2
-        assert "its agents are those of seeds 3 to 4" in capsys.readouterr().err
+        assert capsys.readouterr().err == f"error: {line}one of the seeds 3, 4\n"
+    assert evaluate.main([str(tmp_path / "seed4"), "--agent", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: --agent=3: must be 4 with ")
 
 
 def test_an_earlier_checkpoint_is_another_agent_with_a_record_of_its_own(trained):
@@ -369,8 +392,8 @@ def test_a_picture_shows_weights_who_acts_and_rewards_where_there_are_any(policy
     with pytest.MonkeyPatch.context() as patch:
         made = figures.Figure
         patch.setattr(figures, "Figure", lambda **kwargs: shown.append(made(**kwargs)) or shown[-1])
-        episode = episodes.Episode(7, rewards, np.zeros((steps, 2)), None, acts, weights)
-        draw(SimpleNamespace(env="Some-v0", policy=policy), episode, tmp_path / "experts.png")
+        episode = Episode(7, rewards, np.zeros((steps, 2)), None, acts, weights)
+        draw("Some-v0", policy, episode, tmp_path / "experts.png")
     assert (tmp_path / "experts.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (figure,) = shown
     axes = figure.axes
@@ -396,12 +419,12 @@ def test_the_video_has_a_picture_before_every_step_and_one_at_the_end(trained):
 
     run, _ = trained(sac_pmoe, "env=PMOE/TargetReaching-v0", "policy=gating")
     assert evaluate.main([str(run), "--episodes", "1", "--video", "--max-steps", "9"]) == 0
-    video = run / "evaluation" / "episode.mp4"
-    assert video.read_bytes()[4:8] == b"ftyp"
-    frames, seconds = count_frames_and_secs(str(video))
+    film = run / "evaluation" / "episode.mp4"
+    assert film.read_bytes()[4:8] == b"ftyp"
+    frames, seconds = count_frames_and_secs(str(film))
     assert frames == 10
     assert seconds == pytest.approx(10 / 20, abs=0.06)
-    assert sorted(path.name for path in video.parent.iterdir()) == sorted(evaluate.FILES)
+    assert sorted(path.name for path in film.parent.iterdir()) == sorted(evaluate.FILES)
 
 
 @needs_ffmpeg
@@ -410,19 +433,22 @@ def test_mujoco_is_filmed_without_a_display(trained, capsys, monkeypatch):
 
     monkeypatch.setenv("MUJOCO_GL", "")
     run, _ = trained(sac_pmoe, "env=Hopper-v4", "policy=gaussian")
-    status = evaluate.main([str(run), "--episodes", "1", "--video", "--max-steps", "3"])
+    status = evaluate.main([str(run), "--episodes", "1", "--video", "--max-steps", "7"])
     line = capsys.readouterr().err
     if status and "Debian: apt-get install" in line:
         pytest.skip(line)
     assert status == 0, line
-    assert count_frames_and_secs(str(run / "evaluation" / "episode.mp4"))[0] == 4
+    frames, seconds = count_frames_and_secs(str(run / "evaluation" / "episode.mp4"))
+    # 125 steps a second, of which a player shows every third; none of the first seven lost its place in time
+    assert frames == 3
+    assert seconds == pytest.approx(9 / 125, abs=0.01)
 
 
 def test_numbers_are_there_where_there_can_be_no_video(trained, monkeypatch, capsys):
     run, _ = trained(sac_pmoe, "env=PMOE/TargetReaching-v0", "policy=gating")
     (run / "evaluation").mkdir(exist_ok=True)
     (run / "evaluation" / "episode.mp4").write_bytes(b"of an earlier evaluation")
-    monkeypatch.setattr(episodes, "find_spec", lambda name: None)
+    monkeypatch.setattr(video, "find_spec", lambda name: None)
     for demanded, status in (([], 0), (["--video"], 1)):
         assert evaluate.main([str(run), "--episodes", "1", *demanded]) == status
         shown = capsys.readouterr()
@@ -434,7 +460,7 @@ def test_numbers_are_there_where_there_can_be_no_video(trained, monkeypatch, cap
 @needs_ffmpeg
 def test_a_renderer_that_gives_up_leaves_a_line_and_no_half_video(trained, monkeypatch, capsys):
     run, _ = trained(sac_pmoe, "env=PMOE/TargetReaching-v0", "policy=gating")
-    show, shown = episodes._picture, []
+    show, shown = video._picture, []
 
     def give_up(env: gym.Env) -> np.ndarray:
         shown.append(env)
@@ -442,7 +468,7 @@ def test_a_renderer_that_gives_up_leaves_a_line_and_no_half_video(trained, monke
             raise RuntimeError("no more\npictures")
         return show(env)
 
-    monkeypatch.setattr(episodes, "_picture", give_up)
+    monkeypatch.setattr(video, "_picture", give_up)
     assert evaluate.main([str(run), "--episodes", "1"]) == 0
     line = "no video: PMOE/TargetReaching-v0 could not be rendered (no more pictures)\n"
     assert capsys.readouterr().err == line
@@ -453,14 +479,14 @@ def test_a_renderer_that_gives_up_leaves_a_line_and_no_half_video(trained, monke
 def test_an_episode_that_does_not_repeat_is_not_filmed(trained, tmp_path):
     run, _ = trained(sac_pmoe, "env=PMOE/TargetReaching-v0", "policy=gating")
     found = evaluate.load(run)
-    play = episodes.Player(found.cfg, found.policy, found.watched, 5)
+    play = EpisodePlayer(found.env, found.in_unit_box, found.watched, max_steps=5)
     play(SEED)
     episode = play(SEED + 1)
     assert episode.weights is not None
     assert len(episode.weights) == len(episode.rewards) == 5
     episode.rewards[3] += 1e-3
-    with pytest.raises(episodes.NoVideoError, match="does not repeat"):
-        episodes.write_video(found.cfg, episode, tmp_path / "episode.mp4")
+    with pytest.raises(video.NoVideoError, match="does not repeat"):
+        video.write_video(found.env, found.env_kwargs, episode, tmp_path / "episode.mp4")
     assert not list(tmp_path.iterdir())
 
 
@@ -478,18 +504,18 @@ def test_mujoco_renders_through_the_first_backend_that_works(display, works, cho
     monkeypatch.setattr(
         subprocess, "run", lambda *_, env, **__: SimpleNamespace(returncode=int(env["MUJOCO_GL"] not in works))
     )
-    episodes.choose_gl(display)
+    video.choose_gl(display)
     assert os.environ["MUJOCO_GL"] == chosen
     works.clear()
-    episodes.choose_gl(display)  # what is set stays
+    video.choose_gl(display)  # what is set stays
     monkeypatch.setenv("MUJOCO_GL", "")
-    with pytest.raises(episodes.NoVideoError, match="libegl1 libgl1-mesa-dri, or libosmesa6"):
-        episodes.choose_gl(display)
+    with pytest.raises(video.NoVideoError, match="libegl1 libgl1-mesa-dri, or libosmesa6"):
+        video.choose_gl(display)
 
 
 def test_pictures_are_cut_to_even_sides():
     env: Any = SimpleNamespace(render=lambda: np.zeros((5, 8, 3), np.uint8))
-    assert episodes._picture(env).shape == (4, 8, 3)
+    assert video._picture(env).shape == (4, 8, 3)
 
 
 # ----------------------------------------------------------------------------------------------- input
@@ -512,7 +538,7 @@ def test_nothing_of_the_run_is_touched(trained, tmp_path):
         (["--max-steps", "0"], "argument --max-steps: 0: must be an integer >= 1"),
         (["--device", "gpu9"], "argument --device: gpu9: must be a device of this machine (cpu"),
         (["--act", "wildly"], "argument --act: invalid choice: 'wildly'"),
-        (["--agent", "7"], "--agent=7: must be left out"),
+        (["--agent", "7"], "--agent=7: must be one of the seeds 3"),
         (["--output", __file__], f"--output={__file__}: must be a directory"),
         (["--bang"], "unrecognized arguments: --bang"),
     ],
@@ -531,14 +557,14 @@ def test_bad_arguments_get_one_line_and_leave_nothing(trained, args, line, capsy
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["policy=gaussian"], "with policy=gaussian, which has one expert"),
-        (["acting=best_of_experts"], "with acting=best_of_experts"),
+        (["env=Hopper-v4", "policy=gaussian"], "with policy=gaussian, which has one expert"),
+        (["env=Pendulum-v1", "acting=best_of_experts"], "with acting=best_of_experts"),
     ],
 )
-def test_an_expert_is_drawn_only_where_there_are_several_to_draw_from(overrides, line):
-    cfg = config(sac_pmoe, *TINY_SAC, *overrides)
+def test_an_expert_is_drawn_only_where_there_are_several_to_draw_from(trained, overrides, line):
+    run, _ = trained(sac_pmoe, *overrides)
     with pytest.raises(evaluate.UsageError, match="--act=drawn: must be deterministic or stochastic") as error:
-        evaluate._kind(cfg, "drawn")
+        evaluate.load(run, act="drawn")
     assert str(error.value).endswith(line)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import recipe_runs  # noqa: F401  (puts the recipes on the path)
 
-from intervals import interquartile_mean, probability_of_improvement  # isort: skip
+from parts.intervals import interquartile_mean, probability_of_improvement  # isort: skip
 
 
 def test_interquartile_mean_is_the_mean_of_the_middle_half():

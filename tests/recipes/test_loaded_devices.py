@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import gymnasium as gym
-import numpy as np
 import pytest
 import recipe_runs
 import torch
@@ -17,13 +15,15 @@ from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.envs import GymEnv
 from torchrl.modules import RandomPolicy
 
-from torchrl_pmoe.envs import EpisodeState
-from torchrl_pmoe.trainers import FusedOptimizationStepper, VerifiedCheckpoint
+from torchrl_pmoe.envs import NormalizeObservationAndReward, make_env
+from torchrl_pmoe.runs import EpisodeState, VerifiedCheckpoint
+from torchrl_pmoe.trainers import FusedOptimizationStepper
 
 import ppo_pmoe  # isort: skip
-import resume  # isort: skip
 import sac_pmoe  # isort: skip
-from normalization import RunningNormalization  # isort: skip
+from parts.on_policy import build_buffer  # isort: skip
+from parts.resume import open_run  # isort: skip
+from parts.typed_config import build  # isort: skip
 
 SAC = [
     "env=Pendulum-v1",
@@ -85,16 +85,14 @@ def test_replay_rows_and_their_order_come_to_the_storage(tmp_path):
 
 
 def test_the_order_of_minibatches_comes_to_the_frames():
-    cfg = recipe_runs.resolve(ppo_pmoe, *recipe_runs.SMALL_PPO)
-    before = ppo_pmoe.build_buffer(cfg)
+    before = build_buffer(128, 4, "cpu")
     before.extend(frames("cpu", 128))
     before.sample()
-    cfg.device = "meta"
-    after = ppo_pmoe.build_buffer(cfg)
+    after = build_buffer(128, 4, "meta")
     after.sampler.load_state_dict(before.sampler.state_dict())
     assert after.sampler.state_dict()["_sample_list"].device.type == "meta"
-    fresh = ppo_pmoe.build_buffer(cfg)
-    fresh.sampler.load_state_dict(ppo_pmoe.build_buffer(cfg).sampler.state_dict())
+    fresh = build_buffer(128, 4, "meta")
+    fresh.sampler.load_state_dict(build_buffer(128, 4, "cpu").sampler.state_dict())
     assert fresh.sampler.state_dict()["_sample_list"] is None
 
 
@@ -120,14 +118,14 @@ def test_what_the_collector_carries_stays_where_each_of_its_entries_is():
     assert set(devices.values()) == {"cpu"}
 
 
-def test_statistics_come_to_the_environments():
-    space = gym.spaces.Box(-np.inf, np.inf, (3,))
-    options = {"observation": True, "reward": True, "clip": 10.0, "gamma": 0.9}
-    before = RunningNormalization(space, **options, device="cpu")
-    after = RunningNormalization(space, **options, device="meta")
-    after.load_state_dict(before.state_dict())
-    for found in after.statistics.values():
-        assert {getattr(found, moment).device.type for moment in ("mean", "var", "count")} == {"meta"}
+def test_statistics_come_to_the_environments(tmp_path):
+    before, after = NormalizeObservationAndReward(), NormalizeObservationAndReward()
+    for transform in (before, after):
+        make_env("Pendulum-v1", num_envs=2).append_transform(transform)
+    # as where the environments make their frames on a GPU
+    after.to("meta")
+    VerifiedCheckpoint(after=after).load(VerifiedCheckpoint(after=before).save(tmp_path / "checkpoint"))
+    assert {value.device.type for value in after.state_dict().values()} == {"meta"}
 
 
 def test_a_checkpoint_is_read_where_its_device_is_not(tmp_path, monkeypatch):
@@ -154,8 +152,9 @@ def test_a_run_on_a_gpu_goes_on(recipe, overrides, skip, tmp_path):
     whole = cfg.total_frames
     cfg.total_frames = whole // 2 + 10  # between two evaluations: sums are under way
     recipe.train(cfg, tmp_path)
-    cfg, checkpoint = resume.open_run(tmp_path)
+    values, checkpoint = open_run(tmp_path)
+    cfg = build(type(cfg), values)
     cfg.resume, cfg.total_frames = str(checkpoint), whole
-    recipe.resolve_config(cfg)
+    recipe.resolve(cfg)
     recipe.train(cfg, tmp_path)
     assert int(recipe_runs.rows(tmp_path)[-1]["frames"]) == whole

@@ -17,15 +17,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import recipe_runs
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from recipe_runs import RECIPES, common
+from recipe_runs import RECIPES, UsageError
 
 from torchrl_pmoe.runs import DirectoryInUseError, RunDirectory
 
 import evaluate  # isort: skip
-import resume  # isort: skip
 import sac_pmoe  # isort: skip
 import target_reaching  # isort: skip
+from config.sac_pmoe import SACConfig  # isort: skip
+from parts import resume  # isort: skip
+from parts.launch import own_scratch  # isort: skip
+from parts.typed_config import build, to_dict  # isort: skip
 
 SMALL = [
     "env=Pendulum-v1",
@@ -168,7 +170,7 @@ def test_runs_of_the_same_second_have_directories_of_their_own():
         assert hydra.sweep.dir == hydra.sweep.dir  # of all its jobs
         return hydra.run.dir, hydra.sweep.dir
 
-    for recipe in ("sac_pmoe", "ppo_pmoe", "dac", "target_reaching"):
+    for recipe in ("sac_pmoe", "sac_many_seeds", "ppo_pmoe", "dac", "target_reaching"):
         for one, other in zip(directories(recipe), directories(recipe), strict=True):
             assert one != other
             assert re.search(r"/[\d-]{10}_[\d-]{8}-[0-9a-f]{8}$", one)
@@ -177,31 +179,32 @@ def test_runs_of_the_same_second_have_directories_of_their_own():
 def test_the_records_of_another_experiment_are_not_written_over(tmp_path, monkeypatch):
     """Of a run that was begun and is not finished; the config that is there stays."""
     cfg = recipe_runs.composed(target_reaching, *SMALL[1:-2], "policies=[gaussian]", "exploration_frames=40")
-    name, run = next(iter(target_reaching.resolve_config(cfg).items()))
-    monkeypatch.setattr(resume, "open_run", lambda path: (run.copy(), path / "checkpoint-000000000040"))
+    name, run = next(iter(target_reaching.resolve(cfg).items()))
+    before = to_dict(run)
+    monkeypatch.setattr(target_reaching, "open_run", lambda path: (before, path / "checkpoint-000000000040"))
     (tmp_path / name / "checkpoints" / "checkpoint-000000000040").mkdir(parents=True)
     (tmp_path / "config.yaml").write_text("recipe: target_reaching\n")
     assert target_reaching.unfinished(cfg, {name: run}, tmp_path)[name].resume.endswith("checkpoint-000000000040")
     cfg.optim.lr = 0.1
-    with pytest.raises(common.UsageError, match=r"optim\.lr=0\.1: must be 0\.001 in "):
-        target_reaching.train_all(cfg, target_reaching.resolve_config(cfg), tmp_path)
+    with pytest.raises(UsageError, match=r"optim\.lr=0\.1: must be 0\.001 in "):
+        target_reaching.train_all(cfg, target_reaching.resolve(cfg), tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "recipe: target_reaching\n"
 
 
 # ------------------------------------------------------------------------------------------- replay on disk
 
 
-def config(scratch: Path, before: str | None) -> OmegaConf:
-    return OmegaConf.create({"replay_buffer": {"scratch_dir": str(scratch)}, "resume": before})
+def config(scratch: Path, before: str | None) -> SACConfig:
+    return build(SACConfig, {"replay_buffer": {"scratch_dir": str(scratch)}, "resume": before})
 
 
 def test_frames_on_disk_have_one_run(tmp_path):
     scratch, run, other = tmp_path / "scratch", tmp_path / "run", tmp_path / "other"
     run.mkdir(), other.mkdir()
-    with resume.own_scratch(config(scratch, None), run):
+    with own_scratch(config(scratch, None), run):
         assert scratch.is_dir()
     assert not scratch.exists()
-    with resume.own_scratch(config(scratch, None), run):
+    with own_scratch(config(scratch, None), run):
         (scratch / "observation.memmap").touch()
         with pytest.raises(DirectoryInUseError):
             RunDirectory(scratch).own().__enter__()
@@ -209,49 +212,41 @@ def test_frames_on_disk_have_one_run(tmp_path):
         (None, run, "must be empty or not there"),
         ("checkpoint", other, f"must be that of the run that goes on, it is that of {run}"),
     ):
-        with pytest.raises(common.UsageError, match=re.escape(f"replay_buffer.scratch_dir={scratch}: {line}")):
-            resume.own_scratch(config(scratch, before), directory).__enter__()
-    with resume.own_scratch(config(scratch, "checkpoint"), run):
+        with pytest.raises(UsageError, match=re.escape(f"replay_buffer.scratch_dir={scratch}: {line}")):
+            own_scratch(config(scratch, before), directory).__enter__()
+    with own_scratch(config(scratch, "checkpoint"), run):
         pass
     run.rename(tmp_path / "moved")
-    with resume.own_scratch(config(scratch, "checkpoint"), tmp_path / "moved"):
+    with own_scratch(config(scratch, "checkpoint"), tmp_path / "moved"):
         pass
     assert (scratch / "observation.memmap").exists()
 
 
 def test_frames_on_disk_need_a_directory_that_can_be_written_to(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(common.UsageError, match=r"must be a directory that can be written to \(Not a directory\)"):
-        resume.own_scratch(config(tmp_path / "file" / "scratch", None), tmp_path).__enter__()
+    with pytest.raises(UsageError, match=r"must be a directory that can be written to \(Not a directory\)"):
+        own_scratch(config(tmp_path / "file" / "scratch", None), tmp_path).__enter__()
 
 
 def test_every_training_of_an_experiment_has_its_frames_in_a_place_of_its_own():
     args = ["policies=[gaussian,pmoe]", "num_seeds=2", "replay_buffer.scratch_dir=there"]
-    found = target_reaching.resolve_config(recipe_runs.composed(target_reaching, *args))
+    found = target_reaching.resolve(recipe_runs.composed(target_reaching, *args))
     assert {cfg.replay_buffer.scratch_dir for cfg in found.values()} == {f"there/{name}" for name in found}
 
 
 # ------------------------------------------------------------------------------------------- what a run is told to be
 
 
-def test_a_run_says_of_which_recipe_it_is_and_one_from_before_that_is_known(finished, monkeypatch):
-    assert OmegaConf.load(finished / "config.yaml").recipe == "sac_pmoe"
-    read, load = resume.read_metadata, OmegaConf.load
-
-    def without(config):
-        del config["recipe"]
-        return config
-
-    monkeypatch.setattr(resume, "read_metadata", lambda path: {"config": without(read(path)["config"])})
-    monkeypatch.setattr(OmegaConf, "load", lambda path: without(load(path)))
-    assert resume.open_run(finished)[0].recipe == "sac_pmoe"
+def test_a_run_says_of_which_recipe_it_is(finished):
+    assert resume.read_config(finished)["recipe"] == "sac_pmoe"
+    assert resume.open_run(finished)[0]["recipe"] == "sac_pmoe"
 
 
 def test_a_run_that_cannot_go_on_is_not_told_to(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sac_pmoe.py"])
-    assert resume.how_to_go_on(finished) == f"goes on with: python sac_pmoe.py resume={finished}"
-    (tmp_path / "config.yaml").write_text("checkpoint:\n  replay_buffer: false\n")
-    assert resume.how_to_go_on(tmp_path).startswith("it cannot go on, with checkpoint.replay_buffer=false ")
+    assert resume.how_to_resume(finished) == f"goes on with: python sac_pmoe.py resume={finished}"
+    (tmp_path / "config.yaml").write_text("recipe: sac_pmoe\ncheckpoint:\n  replay_buffer: false\n")
+    assert resume.how_to_resume(tmp_path).startswith("it cannot go on, with checkpoint.replay_buffer=false ")
 
 
 # ------------------------------------------------------------------------------------------- services
@@ -312,9 +307,9 @@ def test_a_run_that_goes_on_writes_to_the_run_of_the_service_that_it_has_begun(
         monkeypatch.setattr(sys.modules[f"torchrl.record.loggers.{module}"], f"_has_{module}", True)
     recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SMALL, f"logger.backend={backend}", "checkpoint.keep=10")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-000000000120")
-    cfg, checkpoint = resume.open_run(tmp_path / "run")
-    cfg.resume = str(checkpoint)
-    sac_pmoe.resolve_config(cfg)
+    values, checkpoint = resume.open_run(tmp_path / "run")
+    cfg = build(SACConfig, {**values, "resume": str(checkpoint)})
+    sac_pmoe.resolve(cfg)
     sac_pmoe.train(cfg, tmp_path / "run")
     recipe_runs.run_here(sac_pmoe, tmp_path / "another" / "run", *SMALL, f"logger.backend={backend}")
     first, again, another = service.runs
@@ -333,6 +328,6 @@ def test_a_service_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(service, "init", lambda **_: 1 / 0)
     monkeypatch.setitem(sys.modules, "wandb", service)
     monkeypatch.setattr(sys.modules["torchrl.record.loggers.wandb"], "_has_wandb", True)
-    with pytest.raises(common.UsageError, match=r"logger\.backend=wandb: must be one that can be written to \(ZeroDiv"):
+    with pytest.raises(UsageError, match=r"logger\.backend=wandb: must be one that can be written to \(ZeroDiv"):
         recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SMALL, "logger.backend=wandb")
     assert not RunDirectory(tmp_path / "run").outputs() or RunDirectory(tmp_path / "run").outputs() == ["logs"]

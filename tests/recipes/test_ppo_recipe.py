@@ -6,21 +6,24 @@ import re
 import shutil
 from functools import partial
 
-import gymnasium as gym
-import numpy as np
 import pytest
 import recipe_runs
 import torch
 from omegaconf import OmegaConf
-from recipe_runs import assert_a_line_and_a_progress_bar, assert_one_line, assert_refused, common, rows, timeless_rows
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
-from torchrl.checkpoint import Checkpoint
+from recipe_runs import (
+    UsageError,
+    assert_a_line_and_a_progress_bar,
+    assert_one_line,
+    assert_refused,
+    rows,
+    timeless_rows,
+)
+
+from torchrl_pmoe.envs import NormalizeObservationAndReward, make_env
 
 import ppo_pmoe  # isort: skip
-from normalization import NormalizedPolicy, RunningNormalization  # isort: skip
-from recording import RunRecorder  # isort: skip
-from resume import load_components, open_run  # isort: skip
+from parts.on_policy import NORMALIZATION, build_schedule, rescale  # isort: skip
+from parts.resume import load_components, open_run  # isort: skip
 
 start = partial(recipe_runs.start, "ppo_pmoe")
 resolve = partial(recipe_runs.resolve, ppo_pmoe)
@@ -154,7 +157,7 @@ def test_bad_value_is_named_with_what_is_allowed(override, allowed):
     ],
 )
 def test_combination_that_does_not_exist_is_refused(overrides, key):
-    with pytest.raises(common.UsageError, match=f"^{re.escape(key)}="):
+    with pytest.raises(UsageError, match=f"^{re.escape(key)}="):
         resolve(*overrides)
 
 
@@ -226,26 +229,28 @@ def test_a_refused_resume_leaves_the_run_as_it_was(resumed):
 
 
 def test_learning_rates_follow_the_new_number_of_frames():
-    old, new = (resolve(f"total_frames={batches * 2048}") for batches in (4, 8))
     optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1) for _ in range(2)]
-    first, second = (ppo_pmoe.build_schedule(*pair) for pair in zip((old, new), optimizers, strict=True))
+    first, second = (
+        build_schedule(optimizer, batches, falling=True) for optimizer, batches in zip(optimizers, (4, 8), strict=True)
+    )
     for _ in range(4):
         optimizers[0].step()
         first.step()
     assert first.get_last_lr() == [0.0]
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     second.load_state_dict(first.state_dict())
-    ppo_pmoe.rescale(second)
+    rescale(second)
     assert optimizers[1].param_groups[0]["lr"] == pytest.approx(0.1 * 4 / 8)
 
 
 def test_statistics_go_on_counting_after_a_resume(resumed):
     directory, _, _ = resumed
-    statistics = RunningNormalization(gym.spaces.Box(-1, 1, (3,)), observation=True, reward=True, clip=10, gamma=0.99)
-    load_components(open_run(directory / "run")[1], {"trainer_module.normalization": statistics})
-    # one more per reset: seeding and the start, and five ended episodes
-    assert statistics.statistics["observation"].count == pytest.approx(1024 + 2 + 5, abs=0.5)
-    assert statistics.statistics["return"].count == pytest.approx(1024, abs=1)
+    statistics = NormalizeObservationAndReward()
+    make_env("Pendulum-v1").append_transform(statistics)
+    load_components(open_run(directory / "run")[1], {f"trainer_module.{NORMALIZATION}": statistics})
+    # one more per reset: the start, and five ended episodes
+    assert float(statistics.observations.count) == pytest.approx(1024 + 1 + 5, abs=0.5)
+    assert float(statistics.returns.count) == pytest.approx(1024, abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -258,113 +263,3 @@ def test_statistics_go_on_counting_after_a_resume(resumed):
 )
 def test_a_resume_that_makes_no_sense_is_one_line(args, begins, resumed):
     assert_one_line(start("resume=run", *args, directory=resumed[0]), begins)
-
-
-@pytest.mark.parametrize("torn", ["768,6.", "768,6.5,", "768,6.5,1", "7", "768,6.\r\n", "768,6.5,1\0\0\r\n"])
-def test_a_torn_row_is_dropped_when_a_record_goes_on(torn, tmp_path):
-    (tmp_path / "metrics.csv").write_text("frames,return_mean,loss\r\n256,1.5,2\r\n512,2.5,3\r\n" + torn)
-    recorder = RunRecorder(tmp_path, "title")
-    recorder.resume(1000)
-    recorder.write({"frames": 1024, "return_mean": 4.0, "loss": 5.0})
-    assert [tuple(row.values()) for row in rows(tmp_path)] == [
-        ("256", "1.5", "2"), ("512", "2.5", "3"), ("1024", "4", "5")
-    ]  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------ normalisation
-
-
-class Ramp(gym.Env):
-    """Observations and rewards that are known beforehand; an episode lasts five steps."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
-
-    def __init__(self, offset=0.0):
-        self.time, self.offset = 0, offset
-
-    def observe(self):
-        return np.array([self.time + self.offset, 100.0 * self.time**2])
-
-    def reset(self, *, seed=None, options=None):
-        self.time = 0
-        return self.observe(), {}
-
-    def step(self, action):
-        self.time += 1
-        return self.observe(), 3.0 * self.time, self.time % 5 == 0, False, {}
-
-
-def running(**kwargs):
-    options = {"observation": True, "reward": True, "clip": 10.0, "gamma": 0.9, **kwargs}
-    return RunningNormalization(Ramp.observation_space, **options)
-
-
-def play(env, steps):
-    observations, rewards = [env.reset()[0]], []
-    for _ in range(steps):
-        observation, reward, terminated, _, _ = env.step(np.array([0.5]))
-        observations.append(observation)
-        rewards.append(reward)
-        if terminated:
-            observations.append(env.reset()[0])
-    return np.array(observations), np.array(rewards)
-
-
-def test_observations_are_normalised_by_all_that_was_seen_in_every_environment():
-    normalization = running()
-    plain = [play(Ramp(offset), 12)[0] for offset in (0.0, 7.0)]
-    for offset in (0.0, 7.0):
-        play(normalization.wrap(Ramp(offset)), 12)
-    seen = np.concatenate(plain)
-    found = normalization.statistics["observation"]
-    np.testing.assert_allclose(found.mean, seen.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(found.var, seen.var(0), rtol=1e-3)
-    probe = torch.tensor([[3.0, 900.0]], dtype=torch.float64)
-    expected = (probe.numpy() - seen.mean(0)) / seen.std(0)
-    np.testing.assert_allclose(normalization.normalize(probe).numpy(), expected, rtol=1e-3)
-
-
-def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
-    _, rewards = play(running().wrap(Ramp()), 40)
-    returns, discounted = [], 0.0
-    for step in range(40):
-        discounted = 0.9 * discounted * (step % 5 != 4) + 3.0 * (step % 5 + 1)
-        returns.append(discounted)
-    assert rewards[-1] == pytest.approx(15.0 / np.std(returns), rel=1e-3)
-
-
-def test_normalised_values_are_clipped():
-    normalization = running(clip=0.5)
-    observations, rewards = play(normalization.wrap(Ramp()), 30)
-    assert np.abs(observations).max() == 0.5
-    assert np.abs(rewards).max() == 0.5
-    assert normalization.normalize(torch.tensor([1e6, -1e6])).tolist() == [0.5, -0.5]
-
-
-def test_episode_returns_are_those_of_the_environment():
-    normalization = running()
-    play(normalization.wrap(Ramp()), 11)
-    assert list(normalization.episode_returns) == [45.0, 45.0]
-
-
-def test_evaluation_reads_the_statistics_and_does_not_move_them():
-    normalization = running()
-    play(normalization.wrap(Ramp()), 12)
-    before = normalization.state_dict()
-    echo = TensorDictModule(lambda o: 3.0 * o, in_keys=["observation"], out_keys=["action"])
-    policy = NormalizedPolicy(echo, normalization)
-    observation = torch.tensor([[1.0, 100.0], [4.0, 1600.0]])
-    td = policy(TensorDict({"observation": observation}, [2]))
-    torch.testing.assert_close(td["action"], 3.0 * normalization.normalize(observation))
-    torch.testing.assert_close(td["observation"], observation)  # what the environment gave stays as it was
-    after = normalization.state_dict()
-    assert all(torch.equal(after[key], before[key]) for key in before)
-
-
-def test_statistics_survive_a_checkpoint(tmp_path):
-    old, new = running(), running()
-    play(old.wrap(Ramp()), 12)
-    Checkpoint(normalization=old).save(tmp_path / "checkpoint")
-    Checkpoint(normalization=new).load(tmp_path / "checkpoint")
-    assert all(torch.equal(value, new.state_dict()[key]) for key, value in old.state_dict().items())

@@ -18,7 +18,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler, SamplerWithoutReplacement
 
-from torchrl_pmoe.trainers import VerifiedCheckpoint
+from torchrl_pmoe.runs import VerifiedCheckpoint
 
 
 def make_buffer(size=100, *, memmap=None, **kwargs):

@@ -6,9 +6,9 @@ import csv
 from pathlib import Path
 
 import pytest
-import recipe_runs  # noqa: F401  (finds the recipes)
 
-from recording import RunRecorder, read_metrics, unreadable  # isort: skip
+from torchrl_pmoe.runs import MetricsFile, read_metrics
+from torchrl_pmoe.runs.metrics import why_unreadable
 
 ROW = {"frames": 300, "return_mean": 3.0, "loss": 0.5}
 
@@ -16,9 +16,9 @@ ROW = {"frames": 300, "return_mean": 3.0, "loss": 0.5}
 def go_on(directory: Path, text: str | bytes, row: dict[str, float] = ROW, frames: int = 200) -> list[list[str]]:
     """What stands in ``metrics.csv`` after a resume and one more row."""
     (directory / "metrics.csv").write_bytes(text.encode() if isinstance(text, str) else text)
-    recorder = RunRecorder(directory, "title")
-    recorder.resume(frames)
-    recorder.write(row)
+    metrics = MetricsFile(directory)
+    metrics.resume(frames)
+    metrics.write(row)
     with (directory / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
 
@@ -65,6 +65,12 @@ def test_a_record_without_a_whole_row_begins(text, tmp_path):
     assert go_on(tmp_path, text) == [["frames", "return_mean", "loss"], ["300", "3", "0.5"]]
 
 
+@pytest.mark.parametrize("torn", ["768,6.", "768,6.5,", "768,6.5,1", "7", "768,6.\r\n", "768,6.5,1\0\0\r\n"])
+def test_a_torn_row_is_dropped_when_a_record_goes_on(torn, tmp_path):
+    found = go_on(tmp_path, "frames,return_mean,loss\r\n256,1.5,2\r\n512,2.5,3\r\n" + torn, frames=1000)
+    assert found[1:] == [["256", "1.5", "2"], ["512", "2.5", "3"], ["300", "3", "0.5"]]
+
+
 @pytest.mark.parametrize(
     ("text", "begins"),
     [
@@ -77,9 +83,9 @@ def test_a_record_without_a_whole_row_begins(text, tmp_path):
 )
 def test_what_cannot_be_read_as_a_record_is_told(text, begins, tmp_path):
     (tmp_path / "metrics.csv").write_bytes(text)
-    why = unreadable(tmp_path / "metrics.csv")
+    why = why_unreadable(tmp_path / "metrics.csv")
     assert why is not None
     assert why.startswith(f"must have a column frames, and commas between its columns; it begins with '{begins}")
     assert "\n" not in why
     (tmp_path / "metrics.csv").write_text("frames,a\n1,2\n3,")
-    assert unreadable(tmp_path / "metrics.csv") is None
+    assert why_unreadable(tmp_path / "metrics.csv") is None

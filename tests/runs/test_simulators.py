@@ -14,8 +14,9 @@ from torchrl.collectors import Collector
 from torchrl.envs import DoubleToFloat, GymWrapper, SerialEnv, TransformedEnv
 from torchrl.modules import RandomPolicy
 
-from torchrl_pmoe.envs import BatchedTargetReachingEnv, EpisodeState, SimulatorState
+from torchrl_pmoe.envs import BatchedTargetReachingEnv
 from torchrl_pmoe.envs.mujoco.engines import quiet_mujoco
+from torchrl_pmoe.runs import EpisodeState, SimulatorState
 
 TASKS = [
     *(f"{name}-v4" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2d", "Humanoid", "HumanoidStandup")),

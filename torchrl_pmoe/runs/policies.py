@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,18 @@ from torchrl_pmoe.runs.directory import RunDirectory
 __all__ = ["LoadedPolicy", "PolicyParts", "SavedPolicies", "construct", "load_policy"]
 
 _COMPONENT = "agents"
-# a blueprint may name classes of these packages, and nothing else
-_TRUSTED = ("torch.nn.", "torchrl.", "tensordict.", "torchrl_pmoe.")
+# where the classes of networks and distributions are: a blueprint may name those, and nothing that reads files, loads
+# what is not installed or starts an environment
+_TRUSTED = (
+    "torch.nn.modules.",
+    "tensordict.nn.",
+    "torchrl.modules.distributions.",
+    "torchrl.modules.models.",
+    "torchrl.modules.tensordict_module.",
+    "torchrl_pmoe.baselines.",
+    "torchrl_pmoe.distributions.",
+    "torchrl_pmoe.modules.",
+)
 
 
 # ----------------------------------------------------------------------------------------------- blueprints
@@ -38,16 +49,16 @@ def construct(cls: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> An
     """``cls(*args, **kwargs)``, with a note of how it was made, so that :func:`load_policy` can make it again.
 
     Args:
-        cls: a class of PyTorch, TensorDict, TorchRL or this package.
-        *args: numbers, texts, tensors' specs, classes of those packages, sequences and mappings of these, and modules
-            that were made by this function.
+        cls: a module of PyTorch, TensorDict, TorchRL or this package.
+        *args: numbers, texts, bounded specs, classes of modules and distributions of those packages, sequences and
+            mappings of these, and modules that were made by this function.
         **kwargs: likewise.
 
     Returns:
         The module; its ``blueprint`` is the note, a JSON text.
 
     Raises:
-        TypeError: for an argument of another type.
+        TypeError: for another class, or an argument of another type.
 
     Examples:
         >>> layer = construct(torch.nn.Linear, 3, 2)
@@ -56,7 +67,7 @@ def construct(cls: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> An
     """
     # before the call: a constructor may change what it is given
     note = {
-        "new": f"{cls.__module__}.{cls.__qualname__}",
+        "new": _name(cls),
         "args": [_encode(value) for value in args],
         "kwargs": {key: _encode(value) for key, value in kwargs.items() if key != "device"},
     }
@@ -73,12 +84,19 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {"mapping": {str(key): _encode(item) for key, item in value.items()}}
     if isinstance(value, type):
-        return {"class": f"{value.__module__}.{value.__qualname__}"}
+        return {"class": _name(value)}
     if isinstance(blueprint := getattr(value, "blueprint", None), str):
         return json.loads(blueprint)
     if isinstance(value, Bounded):
         return {"bounds": [value.space.low.tolist(), value.space.high.tolist()]}
     raise TypeError(f"construct: {type(value).__name__} cannot be noted down.")
+
+
+def _name(cls: Any) -> str:
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if not name.startswith(_TRUSTED):
+        raise TypeError(f"construct: {name} is no class of PyTorch, TensorDict, TorchRL or torchrl_pmoe.")
+    return name
 
 
 def _decode(note: Any, device: torch.device | str) -> Any:
@@ -93,16 +111,21 @@ def _decode(note: Any, device: torch.device | str) -> Any:
     if "bounds" in note:
         low, high = (torch.tensor(bound) for bound in note["bounds"])
         return Bounded(low, high, low.shape, dtype=low.dtype)
-    made = _find(note["new"])(
+    made = _find(note["new"], nn.Module)(
         *_decode(note["args"], device), **{key: _decode(item, device) for key, item in note["kwargs"].items()}
     )
-    return made.to(device) if isinstance(made, nn.Module) else made
+    return made.to(device)
 
 
-def _find(name: str) -> type:
+def _find(name: str, kind: type = object) -> type:
+    """The class of a name, where a policy may be made of it."""
     module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute, None) if name.startswith(_TRUSTED) else None
-    if not isinstance(found, type):
+    found = None
+    if name.startswith(_TRUSTED):
+        with suppress(ImportError):
+            found = getattr(importlib.import_module(module), attribute, None)
+    # those modules have classes of others among their names
+    if not isinstance(found, type) or found.__module__ != module or not issubclass(found, kind):
         raise CheckpointError(f"{name} is no class that a policy is made of")
     return found
 
@@ -226,15 +249,17 @@ class LoadedPolicy(TensorDictModuleBase):
         self.env, self.env_kwargs = state["env"], json.loads(state["env_kwargs"])
         self.seed, self.kind, self.checkpoint = state["seed"], kind, checkpoint
         self.max_steps = state["max_steps"]
-        device = next(actor.parameters()).device
+        device, self._dtype = (parameter := next(actor.parameters())).device, parameter.dtype
         self._raw = RawActionPolicy(in_unit_box, state["low"].to(device), state["high"].to(device))
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Act."""
-        acted = self._raw(tensordict)
+        observation = tensordict.get("observation")
+        # an environment may show float64
+        acted = self._raw(tensordict.set("observation", observation.to(self._dtype)))
         self.watched.pop()
-        return acted
+        return acted.set("observation", observation)
 
 
 def load_policy(
@@ -269,7 +294,7 @@ def load_policy(
     """
     path = Path(run)
     checkpoint: Path | None = path
-    if path.parent.name != RunDirectory.CHECKPOINTS:
+    if path.absolute().parent.name != RunDirectory.CHECKPOINTS:
         checkpoint = next(iter(RunDirectory(path).checkpoints()), None)
     if checkpoint is None:
         raise CheckpointError(f"{path} has no checkpoint")
@@ -279,17 +304,22 @@ def load_policy(
     if agent is None and len(states) == 1:
         agent = next(iter(states))
     if agent not in states:
-        given = "must be given" if agent is None else f"{agent} is not there"
-        raise ValueError(f"agent: {given}, {path} has agents of the seeds {', '.join(map(str, states))}")
+        given = "agent: must be given," if agent is None else f"agent={agent}: must be"
+        raise ValueError(f"{given} one of the seeds {', '.join(map(str, states))}")
     state = states[agent]
     made = _make(state["blueprint"], device, actor)
-    made.load_state_dict(state["actor"])
+    try:
+        made.load_state_dict(state["actor"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"actor: must have the parameters of the run's own ({' '.join(str(error).split())})"
+        ) from error
     kind = state["kind"] if act is None else act
     policy: TensorDictModuleBase = made
     if isinstance(kind, int) and not isinstance(kind, bool):
         if not isinstance(made, ExpertsActor) or not 0 <= kind < made.num_experts:
-            number = getattr(made, "num_experts", 0) if isinstance(made, ExpertsActor) else 0
-            raise ValueError(f"act={kind}: must be one of {', '.join(KINDS)} or an expert below {number}")
+            experts = f" or an expert below {made.num_experts}" if isinstance(made, ExpertsActor) else ""
+            raise ValueError(f"act={kind}: must be one of {', '.join(KINDS)}{experts}")
         policy, kind = made.expert(kind), "deterministic"
     elif kind not in KINDS:
         raise ValueError(f"act={kind!r}: must be one of {', '.join(KINDS)} or the number of an expert")
@@ -320,8 +350,9 @@ def _make(blueprint: str | None, device: torch.device | str, actor: TensorDictMo
         return actor.to(device)
     if blueprint is None:
         raise ValueError("actor: must be given, the run's own was not made by torchrl_pmoe.runs.construct")
-    # weights are drawn for a moment, and the process's generator is left as it was
-    with torch.random.fork_rng():
+    # weights are drawn for a moment, and the process's generators are left as they were
+    place = torch.device(device)
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
         return _decode(json.loads(blueprint), device)
 
 
