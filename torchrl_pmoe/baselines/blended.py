@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabilisticModule, TanhNormal
 
-from torchrl_pmoe.distributions.routing import wide
+from torchrl_pmoe.distributions.routing import upcast
 from torchrl_pmoe.modules.actors import ExpertsActor
 from torchrl_pmoe.modules.networks import expert_chain
 from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
@@ -58,9 +58,9 @@ class Product(nn.Module):
 
     def forward(self, logits: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Loc and scale ``[*B, A]`` of the product of ``K`` experts, ``[*B, K, A]``."""
-        log_gate = F.logsigmoid(wide(logits)) if logits.shape[-1] > 1 else torch.zeros_like(wide(logits))
+        log_gate = F.logsigmoid(upcast(logits)) if logits.shape[-1] > 1 else torch.zeros_like(upcast(logits))
         # in logarithms, because a small scale squared underflows; wide, because they cost digits
-        log_precision = log_gate.unsqueeze(-1) - 2.0 * wide(scale).log()
+        log_precision = log_gate.unsqueeze(-1) - 2.0 * upcast(scale).log()
         blended = (log_precision.softmax(-2) * loc).sum(-2)
         return blended.to(loc.dtype), (-0.5 * log_precision.logsumexp(-2)).exp().to(scale.dtype)
 

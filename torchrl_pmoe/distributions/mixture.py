@@ -16,7 +16,7 @@ from torchrl_pmoe.distributions.routing import (
     frequency_log_prob,
     gumbel_softmax,
     route_by_slope,
-    wide,
+    upcast,
 )
 
 __all__ = ["NormalMixture"]
@@ -210,7 +210,7 @@ class NormalMixture(Distribution):
 
     def _normal_log_density(self, offset: Tensor) -> Tensor:
         """``sum_i log N`` of each expert, ``[..., K]``, at ``offset = u - loc``, ``[..., K, A]``."""
-        scale = wide(self.scale)
+        scale = upcast(self.scale)
         return -(0.5 * (offset / scale).square() + scale.log()).sum(-1) - self.event_shape[0] * LOG_SQRT_2PI
 
     def _check_value(self, value: Tensor) -> None:
@@ -224,8 +224,8 @@ class NormalMixture(Distribution):
 
     def _value_log_density(self, value: Tensor) -> Tensor:
         self._check_value(value)
-        latent = wide(self._unsquash(value))
-        log_normal = self._normal_log_density(latent.unsqueeze(-2) - wide(self.loc))
+        latent = upcast(self._unsquash(value))
+        log_normal = self._normal_log_density(latent.unsqueeze(-2) - upcast(self.loc))
         log_det = self._log_abs_det(latent)
         return log_normal - (log_det.unsqueeze(-1) if isinstance(log_det, Tensor) else log_det)
 
@@ -235,7 +235,7 @@ class NormalMixture(Distribution):
 
     def responsibilities(self, value: Tensor) -> Tensor:
         """Posterior probability of each expert given ``value`` ``[*S, *B, A]``, ``[*S, *B, K]``."""
-        return (self._value_log_density(value) + wide(self.logits).log_softmax(-1)).softmax(-1).to(self.loc.dtype)
+        return (self._value_log_density(value) + upcast(self.logits).log_softmax(-1)).softmax(-1).to(self.loc.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of ``value`` under the mixture, whatever ``score``.
@@ -255,7 +255,7 @@ class NormalMixture(Distribution):
 
     def _mix(self, log_density: Tensor) -> Tensor:
         """``log sum_k w_k exp(log_density_k)`` with the gradient on the logits that ``log_prob_routing`` asks for."""
-        log_weight = wide(self.logits).log_softmax(-1)
+        log_weight = upcast(self.logits).log_softmax(-1)
         if self.log_prob_routing == "exact":
             return (log_weight + log_density).logsumexp(-1)
         log_joint = log_weight.detach() + log_density
@@ -276,7 +276,7 @@ class NormalMixture(Distribution):
     def sample_expert(self, sample_shape: Any = ()) -> Tensor:
         """Index of an expert drawn from the router, ``[*S, *B]``, int64."""
         with torch.no_grad():
-            cumulative = wide(self.logits).softmax(-1).cumsum(-1)[..., :-1]
+            cumulative = upcast(self.logits).softmax(-1).cumsum(-1)[..., :-1]
             shape = torch.Size(sample_shape) + self.batch_shape
             uniform = torch.rand((*shape, 1), dtype=cumulative.dtype, device=cumulative.device)
             return (uniform >= cumulative).sum(-1)
@@ -336,7 +336,7 @@ class NormalMixture(Distribution):
         with torch.no_grad():
             density = None
             if self.routing is RoutingGradient.SOFT_FREQUENCY:
-                density = wide(proposals.mixture_log_prob())
+                density = upcast(proposals.mixture_log_prob())
             others = proposals.action
         return route_by_slope(
             action,
@@ -363,8 +363,8 @@ class NormalMixture(Distribution):
             proposals = self.propose(sample_shape)
             index = self.sample_expert(sample_shape)
             action = proposals.select_action(index)
-            latent = wide(take_expert(proposals.latent, index))
-        log_density = self._normal_log_density(latent.unsqueeze(-2) - wide(self.loc))
+            latent = upcast(take_expert(proposals.latent, index))
+        log_density = self._normal_log_density(latent.unsqueeze(-2) - upcast(self.loc))
         if self.score == "expert":
             log_prob = take_expert(log_density.unsqueeze(-1), index).squeeze(-1)
         else:
@@ -373,8 +373,8 @@ class NormalMixture(Distribution):
 
     def entropy(self) -> Tensor:
         """Unbiased estimate ``-sum_k w_k log pi(a_k)``, ``a_k ~ pi_k``, ``[*B]``, differentiable in all parameters."""
-        log_prob = wide(self.propose().mixture_log_prob(detach_weights=False))
-        return -(wide(self.logits).softmax(-1) * log_prob).sum(-1).to(self.loc.dtype)
+        log_prob = upcast(self.propose().mixture_log_prob(detach_weights=False))
+        return -(upcast(self.logits).softmax(-1) * log_prob).sum(-1).to(self.loc.dtype)
 
     # ------------------------------------------------------------------ point summaries
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchrl_pmoe.distributions.routing import wide
+from torchrl_pmoe.distributions.routing import upcast
 
 if TYPE_CHECKING:
     from torchrl_pmoe.distributions.mixture import NormalMixture
@@ -50,23 +50,23 @@ class ExpertProposals:
         """Log-density of each proposal under the expert that made it, ``[*S, *B, K]``."""
         dist = self.dist
         # the noise itself is the standardised draw: exact where loc swallows a small scale
-        log_normal = -(0.5 * wide(self.noise).square() + wide(dist.scale).log()).sum(-1)
-        log_det = dist._log_abs_det(wide(self.latent), per_expert=True)
+        log_normal = -(0.5 * upcast(self.noise).square() + upcast(dist.scale).log()).sum(-1)
+        log_det = dist._log_abs_det(upcast(self.latent), per_expert=True)
         return (log_normal - dist.event_shape[0] * LOG_SQRT_2PI - log_det).to(dist.loc.dtype)
 
     def mixture_log_prob(self, *, detach_weights: bool = True) -> Tensor:
         """Log-density of each proposal under the whole mixture, ``[*S, *B, K]``."""
         dist = self.dist
-        loc = wide(dist.loc)
+        loc = upcast(dist.loc)
         # u_k - loc_j as (loc_k - loc_j) + step_k: exact for j = k where loc swallows a small scale
-        offset = (loc.unsqueeze(-2) - loc.unsqueeze(-3)) + wide(self.step).unsqueeze(-2)
-        log_weight = wide(dist.logits).log_softmax(-1)
+        offset = (loc.unsqueeze(-2) - loc.unsqueeze(-3)) + upcast(self.step).unsqueeze(-2)
+        log_weight = upcast(dist.logits).log_softmax(-1)
         if detach_weights:
             log_weight = log_weight.detach()
-        scale = wide(dist.scale).unsqueeze(-3)
+        scale = upcast(dist.scale).unsqueeze(-3)
         log_normal = -(0.5 * (offset / scale).square() + scale.log()).sum(-1)
         log_mixture = (log_weight.unsqueeze(-2) + log_normal).logsumexp(-1)
-        log_det = dist._log_abs_det(wide(self.latent), per_expert=True)
+        log_det = dist._log_abs_det(upcast(self.latent), per_expert=True)
         return (log_mixture - dist.event_shape[0] * LOG_SQRT_2PI - log_det).to(dist.loc.dtype)
 
     def log_prob(self) -> Tensor:
@@ -105,9 +105,9 @@ class ExpertProposals:
         if dist.score == "mixture":
             return self._score(loc, step)
         latent = loc + step
-        log_density = -(0.5 * wide(noise).square() + wide(scale).log()).sum(-1)
+        log_density = -(0.5 * upcast(noise).square() + upcast(scale).log()).sum(-1)
         log_density = log_density - dist.event_shape[0] * LOG_SQRT_2PI
-        log_prob = (log_density - dist._log_abs_det(wide(latent))).to(dist.loc.dtype)
+        log_prob = (log_density - dist._log_abs_det(upcast(latent))).to(dist.loc.dtype)
         return dist._squash(latent), log_prob
 
     def combine(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +130,8 @@ class ExpertProposals:
         """Action of ``loc + step`` ``[*S, *B, A]`` and the mixture's log-density there."""
         dist = self.dist
         latent = loc + step
-        offset = (wide(loc).unsqueeze(-2) - wide(dist.loc)) + wide(step).unsqueeze(-2)
-        log_weight = wide(dist.logits).log_softmax(-1).detach()
+        offset = (upcast(loc).unsqueeze(-2) - upcast(dist.loc)) + upcast(step).unsqueeze(-2)
+        log_weight = upcast(dist.logits).log_softmax(-1).detach()
         log_density = (log_weight + dist._normal_log_density(offset)).logsumexp(-1)
-        log_prob = (log_density - dist._log_abs_det(wide(latent))).to(dist.loc.dtype)
+        log_prob = (log_density - dist._log_abs_det(upcast(latent))).to(dist.loc.dtype)
         return dist._squash(latent), log_prob

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from torchrl_pmoe.distributions.mixture import NormalMixture
-from torchrl_pmoe.distributions.routing import RoutingGradient, wide
+from torchrl_pmoe.distributions.routing import RoutingGradient, upcast
 
 __all__ = ["TanhNormalMixture"]
 
@@ -147,7 +147,7 @@ class TanhNormalMixture(NormalMixture):
 
     def _unsquash(self, value: Tensor) -> Tensor:
         limit = 1.0 - torch.finfo(value.dtype).eps / 2
-        return ((wide(value) - self._middle) / self._half).clamp(-limit, limit).atanh()
+        return ((upcast(value) - self._middle) / self._half).clamp(-limit, limit).atanh()
 
     def _log_abs_det(self, latent: Tensor, *, per_expert: bool = False) -> Tensor:
         # log(1 - tanh(u)^2), written so that it does not underflow
@@ -158,9 +158,9 @@ class TanhNormalMixture(NormalMixture):
         return log_slope if half == 1 else log_slope + self.event_shape[0] * math.log(half)
 
     def _expert_mean(self) -> Tensor:
-        loc = wide(self.loc)
+        loc = upcast(self.loc)
         nodes, weights = (loc.new_tensor(x) for x in _hermite(64))
-        latent = loc.unsqueeze(-1) + wide(self.scale).unsqueeze(-1) * nodes
+        latent = loc.unsqueeze(-1) + upcast(self.scale).unsqueeze(-1) * nodes
         mean = ((latent.tanh() * weights).sum(-1)).to(self.loc.dtype)
         return mean * self._beside(self._half, True) + self._beside(self._middle, True)
 

@@ -15,8 +15,8 @@ from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.utils import _cache_values, _vmap_func, distance_loss
 
 from torchrl_pmoe.distributions.mixture import NormalMixture
-from torchrl_pmoe.distributions.routing import RoutingGradient
-from torchrl_pmoe.objectives.scoring import CriticScoredLoss, Scored, check_critic_keys, smallest_of_critics
+from torchrl_pmoe.distributions.routing import RoutingEstimator, RoutingGradient, ScoredProposals
+from torchrl_pmoe.objectives.scoring import CriticScoredLoss, check_critic_keys, smallest_of_critics
 
 __all__ = ["PMOEClipPPOLoss"]
 
@@ -37,9 +37,10 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     Keyword Args:
         routing: what the router learns besides the surrogate: ``"frequency"``, the one-hot of the best proposal
             (Definition 3.1); ``"soft_frequency"``, its maximum-entropy counterpart at the temperature
-            ``entropy_coeff``, above 0 (also with ``entropy_bonus=False``); ``"marginal"``,
+            ``entropy_coeff``, which must be above 0 (also with ``entropy_bonus=False``); ``"marginal"``,
             ``sum_k w_k (entropy_coeff log pi(a_k) - Q(s, a_k))``; ``"score_function"``, the likelihood-ratio estimate
-            of the same; ``"none"``.
+            of the same; ``"none"``; or a function from a :class:`~torchrl_pmoe.distributions.ScoredProposals` to a
+            loss ``[*B]``.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` (the paper) or ``"log"``, for the two frequencies.
         num_proposals: draws of each expert, ``M``; frequencies and exponents average over them.
@@ -81,7 +82,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         critic_network: TensorDictModule,
         qvalue_network: TensorDictModule | list[TensorDictModule],
         *,
-        routing: str | RoutingGradient = RoutingGradient.FREQUENCY,
+        routing: str | RoutingGradient | RoutingEstimator = RoutingGradient.FREQUENCY,
         routing_coef: float = 1.0,
         routing_loss: Literal["brier", "log"] = "brier",
         num_proposals: int = 1,
@@ -186,10 +187,10 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         return self.qvalue_coeff * distance_loss(value, target, loss_function=self.loss_critic_type).squeeze(-1).sum(0)
 
     @torch.no_grad()
-    def _score(self, tensordict: TensorDictBase, dist: NormalMixture) -> Scored:
+    def _score_fresh_proposals(self, tensordict: TensorDictBase, dist: NormalMixture) -> ScoredProposals:
         proposals = dist.propose(self._draws)
-        value = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
-        return Scored(dist, value, proposals.log_prob() if self._needs_density else torch.zeros_like(value))
+        values = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
+        return self._scored(dist, values, proposals.log_prob)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -204,8 +205,8 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
             ((batch, dist),) = self._seen
         finally:
             self._seen = None
-        scored = self._score(batch, dist)
-        losses.set("loss_routing", self._reduce_loss(self.routing_coef * self._routing(scored), batch))
+        scored = self._score_fresh_proposals(batch, dist)
+        losses.set("loss_routing", self._reduce_loss(self._loss_routing(scored), batch))
         losses.set("loss_qvalue", self._reduce_loss(self.loss_qvalue(batch), batch))
         losses.update(self._diagnostics(scored))
         self._clear_weakrefs(tensordict, losses, "qvalue_network_params")
