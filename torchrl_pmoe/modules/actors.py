@@ -15,7 +15,14 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabili
 
 from torchrl_pmoe.distributions import NormalMixture, TanhNormalMixture
 from torchrl_pmoe.distributions.proposals import take_expert
-from torchrl_pmoe.modules.networks import Chain, ExpertNetwork, SelectExpert, expert_chain
+from torchrl_pmoe.modules.networks import (
+    Chain,
+    ExpertNetwork,
+    ExpertOptions,
+    SelectExpert,
+    expert_chain,
+    pop_expert_options,
+)
 from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
 
 __all__ = ["BestOfExpertsActor", "ExpertsActor", "MeanOfDrawnExpertActor", "PMOEActor"]
@@ -121,24 +128,18 @@ class PMOEActor(ExpertsActor):
         network: any module that ends in ``K (2A + 1)`` features (see :class:`MixtureParamExtractor`), in place of the
             built-in MLP.
         num_cells: hidden layers of the built-in MLP.
-        activation_class: of the built-in MLP.
         router: what the built-in router reads: ``"detached"`` features of the trunk (the authors' code, the default),
             ``"shared"`` features with their gradient, ``"separate"`` for an MLP of its own, or a module from the
             inputs to ``K`` logits.
-        state_dependent_scale: ``False`` for one learned scale per expert and dimension.
-        scale_mapping: positive map for the scale, a name or a callable.
-        scale_lb: smallest scale.
-        head_init: the heads of the built-in network start uniform in ``[-head_init, head_init]``.
-        floor: see :class:`MixtureParamExtractor`.
-        loc_spread: the experts' biases for loc start uniform in ``[-loc_spread, loc_spread]``; a remedy against
-            duplicate experts, off by default.
         distribution_class: :class:`TanhNormalMixture` or :class:`NormalMixture`.
         distribution_kwargs: options of the distribution (``routing``, ``score``, …).
         return_log_prob: whether to write the log-density.
-        log_prob_key: where it goes; ``"<action key>_log_prob"`` by default.
         default_interaction_type: used where no ``set_exploration_type`` says otherwise.
         device: of the built-in network.
-        **kwargs: of :class:`~torchrl.modules.SafeProbabilisticModule`.
+        **kwargs: the fields of :class:`~torchrl_pmoe.modules.ExpertOptions` (``activation_class``,
+            ``state_dependent_scale``, ``scale_mapping``, ``scale_lb``, ``head_init``, ``loc_spread``, ``floor``), and
+            options of :class:`~torchrl.modules.SafeProbabilisticModule`, such as ``log_prob_key``
+            (``"<action key>_log_prob"`` by default).
 
     Raises:
         ValueError: for fewer than one expert, a spec that is not a box of finite bounds, ``router`` beside
@@ -162,18 +163,10 @@ class PMOEActor(ExpertsActor):
         param_keys: Sequence[NestedKey] = _PARAMS,
         network: nn.Module | None = None,
         num_cells: Sequence[int] = (256, 256),
-        activation_class: type[nn.Module] = nn.ReLU,
         router: Literal["detached", "shared", "separate"] | nn.Module | None = None,
-        state_dependent_scale: bool = True,
-        scale_mapping: str | Callable[[Tensor], Tensor] | None = None,
-        scale_lb: float = 0.0,
-        head_init: float = 1e-3,
-        floor: float = 0.0,
-        loc_spread: float = 0.0,
         distribution_class: type[NormalMixture] = TanhNormalMixture,
         distribution_kwargs: dict[str, Any] | None = None,
         return_log_prob: bool = False,
-        log_prob_key: NestedKey | None = None,
         default_interaction_type: InteractionType = InteractionType.RANDOM,
         device: torch.device | str | None = None,
         **kwargs: Any,
@@ -182,7 +175,8 @@ class PMOEActor(ExpertsActor):
             in_keys = [in_keys]
         if isinstance(out_keys, str):
             out_keys = [out_keys]
-        refuse_unknown(PMOEActor, kwargs, SafeProbabilisticModule)
+        refuse_unknown(PMOEActor, kwargs, ExpertOptions, SafeProbabilisticModule)
+        options = pop_expert_options(kwargs)
         leaf, action_key, action_spec = action_leaf("PMOEActor", spec if device is None else spec.to(device), out_keys)
         if not issubclass(distribution_class, NormalMixture):
             raise ValueError(
@@ -200,19 +194,14 @@ class PMOEActor(ExpertsActor):
             num_experts,
             leaf.shape[-1],
             network=network,
-            in_features=in_features,
-            num_cells=num_cells,
-            activation_class=activation_class,
             router=router,
             default_router="detached",
-            state_dependent_scale=state_dependent_scale,
-            scale_mapping=scale_mapping,
-            scale_lb=scale_lb,
-            head_init=head_init,
-            floor=floor,
-            loc_spread=loc_spread,
+            options=options,
+            in_features=in_features,
+            num_cells=num_cells,
             device=device,
         )
+        # parameters of the distribution, [*agents, K, A]
         loc = torch.zeros(*leaf.shape[:-1], num_experts, leaf.shape[-1], dtype=leaf.dtype, device=leaf.device)
         try_distribution(
             "PMOEActor", distribution_class, distribution_kwargs or {}, logits=loc[..., 0], loc=loc, scale=loc + 1
@@ -225,7 +214,6 @@ class PMOEActor(ExpertsActor):
             distribution_class=distribution_class,
             distribution_kwargs=distribution_kwargs or {},
             return_log_prob=return_log_prob,
-            log_prob_key=log_prob_key,
             default_interaction_type=default_interaction_type,
             **kwargs,
         )

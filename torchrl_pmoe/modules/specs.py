@@ -14,19 +14,21 @@ from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 __all__ = ["action_leaf", "box_of_floats", "refuse_unknown", "try_distribution", "with_bounds"]
 
 
-def refuse_unknown(owner: type, options: Mapping[str, Any], *takers: type) -> None:
+def refuse_unknown(owner: type, options: Mapping[str, Any], *takers: type, without: Sequence[str] = ()) -> None:
     """Refuse options that nothing takes, in the name of the class that the user wrote.
 
     Args:
         owner: that class.
         options: given besides its own arguments.
         takers: classes that ``options`` are handed to.
+        without: options of ``takers`` that ``owner`` has not.
 
     Raises:
         TypeError: for the first option in alphabetical order that neither ``owner`` nor one of ``takers`` knows.
     """
     found = [signature(taker.__init__).parameters.values() for taker in (owner, *takers)]  # type: ignore[misc]
     known = {p.name for parameters in found for p in parameters if p.kind is not Parameter.VAR_KEYWORD}
+    known -= set(without)
     unknown = sorted(options.keys() - known)
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=1)
