@@ -36,11 +36,11 @@ __all__ = [
     "ScoredProposals",
     "best_proposal",
     "brier_loss",
-    "can_look_at",
     "check_routing",
     "find_estimator",
     "frequency_log_prob",
     "gumbel_softmax",
+    "host_can_read",
     "log_loss",
     "route_by_slope",
     "score_function_loss",
@@ -48,7 +48,7 @@ __all__ = [
     "upcast",
 ]
 
-# Exponents are clamped here, so that no infinity enters the softmax.
+# exponents are clamped to this size, so that no infinity enters the softmax
 _LARGEST_EXPONENT = 1e30
 
 
@@ -91,7 +91,7 @@ def check_routing(
     supported = tuple(supported)
     allowed = ", ".join(member.value for member in supported)
     try:
-        if isinstance(routing, RoutingGradient):  # first, because the compiler cannot trace lower() of a member
+        if isinstance(routing, RoutingGradient):  # asked first: the compiler cannot trace lower() of a member
             member = routing
         else:
             member = RoutingGradient(routing.lower() if isinstance(routing, str) else routing)
@@ -102,8 +102,8 @@ def check_routing(
     return member
 
 
-def can_look_at(value: Tensor) -> bool:
-    """Whether the host may read ``value`` here: not while a graph is traced or recorded, and not under ``vmap``."""
+def host_can_read(value: Tensor) -> bool:
+    """Whether Python may read the numbers in ``value``: not while a graph is traced or recorded, or under ``vmap``."""
     if torch.compiler.is_compiling() or value.is_meta or not value.numel():
         return False
     if torch._C._functorch.maybe_current_level() is not None:
@@ -125,6 +125,7 @@ def best_proposal(score: Tensor) -> Tensor:
     Returns:
         ``v``, ``[*B, K]``, in the dtype of ``score`` and without gradient; the first of equal scores wins.
     """
+    # comparing with a range is one_hot without its data-dependent checks
     experts = torch.arange(score.shape[-1], device=score.device)
     return (score.argmax(-1, keepdim=True) == experts).to(score.dtype)
 
@@ -133,9 +134,9 @@ def soft_frequency(exponent: Tensor, logits: Tensor | None = None) -> Tensor:
     """Maximum-entropy counterpart of :func:`best_proposal`.
 
     Args:
-        exponent: soft value of each proposal over the temperature, ``Q_k / alpha - log pi(a_k)``, ``[*B, K]``.
-        logits: the router's, ``[*B, K]``; given when the densities are the mixture's, left out when they are each
-            expert's own (the router's weights would enter twice and it would collapse).
+        exponent: ``Q_k / alpha - log pi(a_k)`` of each proposal, ``[*B, K]``.
+        logits: the router's, ``[*B, K]``. Give them where the densities are the mixture's. Leave them out where they
+            are each expert's own: the router's weights would enter twice and the router would collapse.
 
     Returns:
         ``v``, ``[*B, K]``, detached; rows sum to one.
@@ -151,7 +152,7 @@ def brier_loss(probs: Tensor, frequency: Tensor) -> Tensor:
 
     Args:
         probs: the router's, ``[*B, K]``.
-        frequency: of being the best proposal, ``[*B, K]``, a constant.
+        frequency: with which each expert proposes the best action, ``[*B, K]``, a constant.
 
     Returns:
         ``[*B]``.
@@ -164,7 +165,7 @@ def log_loss(logits: Tensor, frequency: Tensor) -> Tensor:
 
     Args:
         logits: the router's, ``[*B, K]``.
-        frequency: of being the best proposal, ``[*B, K]``, a constant.
+        frequency: with which each expert proposes the best action, ``[*B, K]``, a constant.
 
     Returns:
         ``[*B]``.
@@ -175,8 +176,8 @@ def log_loss(logits: Tensor, frequency: Tensor) -> Tensor:
 def score_function_loss(logits: Tensor, cost: Tensor, index: Tensor) -> Tensor:
     """Likelihood-ratio estimate of the gradient of ``sum_k w_k cost_k`` (the paper's score-ratio trick).
 
-    ``log w_z (cost_z - b)`` with the drawn expert ``z`` and the baseline ``b = sum_k w_k cost_k``, which does not
-    depend on ``z`` and so leaves the estimate unbiased.
+    ``log w_z (cost_z - b)`` with the drawn expert ``z`` and the baseline ``b = sum_k w_k cost_k``. The baseline does
+    not depend on ``z``, so the estimate is unbiased.
 
     Args:
         logits: the router's, ``[*B, K]``.
@@ -184,13 +185,13 @@ def score_function_loss(logits: Tensor, cost: Tensor, index: Tensor) -> Tensor:
         index: expert drawn from the router, ``[*M, *B]``, int64.
 
     Returns:
-        ``[*M, *B]``; only its gradient means something.
+        ``[*M, *B]``, of which only the gradient has a meaning.
     """
     log_probs = logits.log_softmax(-1).expand(cost.shape)
-    baseline = (log_probs.detach().exp() * cost).sum(-1)
+    baseline = (log_probs.detach().exp() * cost).sum(-1)  # [*M, *B]
     z = index.unsqueeze(-1)
-    gain = cost.detach().gather(-1, z).squeeze(-1) - baseline.detach()
-    return gain * log_probs.gather(-1, z).squeeze(-1)
+    advantage = cost.detach().gather(-1, z).squeeze(-1) - baseline.detach()
+    return advantage * log_probs.gather(-1, z).squeeze(-1)
 
 
 # ---------------------------------------------------------------------- critic-scored estimators
@@ -364,10 +365,10 @@ class _RouteBySlope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
         action, logits, proposals, *density = ctx.saved_tensors
-        gradient = upcast(slope)
-        # to first order, L(a_k) = L(a_z) + g (a_k - a_z): the score is what the loss would fall by
+        gradient = upcast(slope)  # [*B, A]
+        # to first order, L(a_k) = L(a_z) + g (a_k - a_z): a proposal's score is how much it lowers the loss, [*B, K]
         gain = -(gradient.unsqueeze(-2) * (upcast(proposals) - upcast(action).unsqueeze(-2))).sum(-1)
-        routed = (gradient != 0).any(-1)
+        routed = (gradient != 0).any(-1)  # [*B]
         probs = upcast(logits).softmax(-1)
         if ctx.soft:
             h = upcast(weight)
@@ -377,7 +378,8 @@ class _RouteBySlope(torch.autograd.Function):
             frequency = soft_frequency(gain / temperature - density[0], upcast(logits))
         else:
             frequency = best_proposal(gain)
-        d_probs = 2.0 * ctx.coef * (probs - frequency) * routed.unsqueeze(-1)
+        d_probs = 2.0 * ctx.coef * (probs - frequency) * routed.unsqueeze(-1)  # [*B, K]
+        # through the softmax
         d_logits = probs * (d_probs - (probs * d_probs).sum(-1, keepdim=True))
         return slope, weight, d_logits.to(logits.dtype), None, None, None
 
@@ -391,13 +393,13 @@ def route_by_slope(
     coef: float,
     density: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hand out an action and its log-density; train the router by the slopes that come back (*gradient-scored*).
+    """Return an action and its log-density unchanged, and train the router in the backward pass (*gradient-scored*).
 
-    In the backward pass ``g = dL/da`` is what reaches the action itself and ``h = dL/dlog pi`` what reaches the
-    log-density. Proposal ``k`` scores ``-g (a_k - a_z)``. Hard form: ``v = one_hot(argmax_k score_k)``. Soft form:
-    ``v_k ~ w_k exp(score_k / h - log pi(a_k))``. The logits receive ``coef * 2 (w - v)`` through the softmax: nothing
-    where ``g = 0`` and, in the soft form, nothing where ``h <= 0``. The size of the upstream gradient does not
-    matter, only its direction, so gradient scaling and accumulation do not commute with it.
+    In the backward pass ``g = dL/da`` reaches the action and ``h = dL/dlog pi`` the log-density. Proposal ``k`` scores
+    ``-g (a_k - a_z)``. Hard form: ``v = one_hot(argmax_k score_k)``. Soft form:
+    ``v_k ~ w_k exp(score_k / h - log pi(a_k))``. The logits receive ``coef * 2 (w - v)`` through the softmax, but
+    nothing where ``g = 0`` and, in the soft form, nothing where ``h <= 0``. Only the direction of the upstream
+    gradient matters, not its size, so gradient scaling and gradient accumulation give another result.
 
     Args:
         action: the drawn expert's, ``[*B, A]``.
@@ -405,7 +407,7 @@ def route_by_slope(
         logits: the router's, ``[*B, K]``.
         proposals: every expert's action, ``[*B, K, A]``, a constant.
         coef: the routing coefficient over ``B K``.
-        density: log-density of every proposal under the mixture, ``[*B, K]``, a constant; selects the soft form.
+        density: log-density of every proposal under the mixture, ``[*B, K]``, a constant; given, the form is soft.
 
     Returns:
         ``action`` and ``log_prob``, unchanged.
@@ -427,7 +429,7 @@ class _FrequencyLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, log_joint = ctx.saved_tensors
-        h = upcast(grad).unsqueeze(-1)
+        h = upcast(grad).unsqueeze(-1)  # [*B, 1]
         responsibility = torch.where(h < 0, best_proposal(log_joint), log_joint.softmax(-1))
         d_logits = h * (responsibility - upcast(logits).softmax(-1))
         return grad, d_logits.to(logits.dtype), None
@@ -436,9 +438,9 @@ class _FrequencyLogProb(torch.autograd.Function):
 def frequency_log_prob(log_prob: Tensor, logits: Tensor, log_joint: Tensor) -> Tensor:
     """Log-density whose gradient on the logits is the frequency form.
 
-    The exact gradient is ``r - w`` with responsibilities ``r``. Here ``one_hot(argmax_k r_k)`` stands for ``r``
-    where the update raises the density (upstream gradient below zero); where it lowers the density ``r`` stays,
-    because a one-hot would not vanish there and PPO's clipping would not bound it.
+    The exact gradient is ``r - w`` with responsibilities ``r``. Here ``one_hot(argmax_k r_k)`` replaces ``r`` where the
+    update raises the density (upstream gradient below zero). Where the update lowers the density, ``r`` stays: a
+    one-hot would not vanish there, and PPO's clipping would not bound it.
 
     Args:
         log_prob: the mixture's, with the weights detached, ``[*B]``.
@@ -459,20 +461,21 @@ def gumbel_softmax(
     Args:
         logits: the router's, ``[*B, K]``.
         sample_shape: ``S``.
-        temperature: of the softmax; small ones come close to the draw of an expert, with gradients of high variance.
-        straight_through: put out the one-hot of the drawn expert with the gradient of the softmax (biased).
+        temperature: of the softmax. A small one comes close to the draw of an expert; its gradients vary a lot.
+        straight_through: return the one-hot of the drawn expert with the gradient of the softmax (biased).
         coef: factor on the gradient.
 
     Returns:
         Weights over the experts, ``[*S, *B, K]``; rows sum to one.
     """
     if coef != 1:
+        # the same value, with coef times the gradient
         logits = logits.detach() + coef * (logits - logits.detach())
     uniform = torch.rand((*sample_shape, *logits.shape), dtype=upcast(logits).dtype, device=logits.device)
     noise = -(-uniform.clamp_min(torch.finfo(uniform.dtype).tiny).log()).log()
     perturbed = upcast(logits).log_softmax(-1) + noise
     soft = (perturbed / temperature).softmax(-1)
     if straight_through:
-        # in this order the sum is the one-hot to the last bit
+        # summed in this order, the value is the one-hot to the last bit
         soft = best_proposal(perturbed.detach()) + (soft - soft.detach())
     return soft.to(logits.dtype)

@@ -31,12 +31,13 @@ _PARAMS = ("logits", "loc", "scale")
 
 
 class _MixtureModule(SafeProbabilisticModule):
-    """Draws from the mixture and, on request, scores the action as stored.
+    """Draws from the mixture and, on request, writes the log-density of the action as stored.
 
-    TorchRL's module would store the score of the pre-tanh draw; PPO recomputes the log-density from the stored action
-    and its ratio would not start at one. The base class one step up scores what it has stored.
+    TorchRL's module would write the log-density of the pre-tanh draw. PPO computes the log-density from the stored
+    action, and its ratio would not start at one.
     """
 
+    # the base class takes the log-density of the action that it has written
     forward = ProbabilisticTensorDictModule.forward
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,7 +52,7 @@ class _MixtureModule(SafeProbabilisticModule):
     build_dist_from_params = get_dist
 
     def _kwargs_for(self, loc: Tensor) -> dict[str, Any]:
-        # the bounds are no parameters and do not travel with .to(): one copy per device, not one per call
+        # bounds are not parameters, so .to() does not move them: keep one copy per device instead of one per call
         if not any(isinstance(value, Tensor) for value in self.distribution_kwargs.values()):
             return self.distribution_kwargs
         place = (loc.device, loc.dtype)
@@ -61,22 +62,23 @@ class _MixtureModule(SafeProbabilisticModule):
             name: value.to(*place) if isinstance(value, Tensor) else value
             for name, value in self.distribution_kwargs.items()
         }
-        if not torch.is_inference_mode_enabled():  # such tensors are of no use to autograd later
+        if not torch.is_inference_mode_enabled():  # autograd could not use an inference tensor later
             self._kwargs_cache[place] = moved
         return moved
 
 
 class ExpertsActor(ProbabilisticActor):
-    """What the actors that are made of experts share; see :class:`PMOEActor`."""
+    """Base class of the actors with several experts; see :class:`PMOEActor`."""
 
     num_experts: int
 
     def _experts(self) -> nn.Module:
-        """From the inputs to logits, locs and scales: the network and its extractor, without what may follow."""
+        """From the inputs to logits, locs and scales: the network and its extractor alone."""
+        # baselines append a module that blends the experts
         return Chain(*self[0].module[:2])
 
     def expert(self, k: int) -> ProbabilisticActor:
-        """Actor that shares this one's parameters and follows expert ``k`` alone, as a ``TanhNormal``.
+        """Actor that shares this actor's parameters and follows expert ``k`` alone, as a ``TanhNormal``.
 
         Raises:
             IndexError: if there is no expert ``k``.
@@ -102,7 +104,7 @@ class ExpertsActor(ProbabilisticActor):
         """Parameters of the built-in router, for an optimiser group of their own (``router_lr``).
 
         Raises:
-            ValueError: if the actor was given a network of its own.
+            ValueError: if the actor was made with ``network``.
         """
         network = self[0].module[0]
         if not isinstance(network, ExpertNetwork):
@@ -125,8 +127,8 @@ class PMOEActor(ExpertsActor):
         in_keys: what the network reads; several are concatenated.
         out_keys: where the action goes; from a ``Composite`` spec its key, else ``"action"``.
         param_keys: where logits, loc and scale go.
-        network: any module that ends in ``K (2A + 1)`` features (see :class:`MixtureParamExtractor`), in place of the
-            built-in MLP.
+        network: any module that ends in ``K (2A + 1)`` features (see :class:`MixtureParamExtractor`), which replaces
+            the built-in MLP.
         num_cells: hidden layers of the built-in MLP.
         router: what the built-in router reads: ``"detached"`` features of the trunk (the authors' code, the default),
             ``"shared"`` features with their gradient, ``"separate"`` for an MLP of its own, or a module from the
@@ -230,10 +232,9 @@ class BestOfExpertsActor(TensorDictModuleBase):
 
     Args:
         actor: whose ``get_dist`` returns a mixture.
-        score_proposals: value of proposals ``[*B, K, A]`` in the states of a tensordict ``[*B]``, ``[*B, K]``; that
-            of a loss, for instance :meth:`PMOESACLoss.score_proposals`. The module whose method it is becomes a part
-            of the actor: its parameters are among the actor's, so that a collector's update of the policy's weights
-            brings the critics too.
+        score_proposals: from states ``[*B]`` and proposals ``[*B, K, A]`` to values ``[*B, K]``, for instance
+            :meth:`PMOESACLoss.score_proposals`. A method's module becomes a part of the actor: its parameters are
+            among the actor's, so a collector that updates the policy's weights updates the critics too.
     """
 
     def __init__(self, actor: ProbabilisticActor, score_proposals: Callable[[TensorDictBase, Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The networks below mixture actors: trunk, experts' heads and router."""
+"""The built-in networks of mixture actors: trunk, experts' heads and router."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def pop_expert_options(kwargs: dict[str, Any], **defaults: Any) -> ExpertOptions
 
 
 class Head(nn.Linear):
-    """A linear layer that starts small, and starts so again when it is reset.
+    """A linear layer with small initial weights, also after a reset.
 
     Args:
         in_features: size of the input.
         out_features: size of the output.
         init: weights and biases start uniform in ``[-init, init]``.
-        spread: the first ``spread_over`` biases start uniform in ``[-spread, spread]``; unused where it is 0.
-        spread_over: see above.
+        spread: the first ``spread_over`` biases start uniform in ``[-spread, spread]``; 0 is off.
+        spread_over: number of those biases.
         device: of the parameters.
     """
 
@@ -84,13 +84,13 @@ class Head(nn.Linear):
         spread_over: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        # what the parent's constructor resets by
+        # set first: the parent's constructor calls reset_parameters
         self.init, self.spread, self.spread_over = init, spread, spread_over
         super().__init__(in_features, out_features, device=device)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the start anew."""
+        """Draw the initial weights anew."""
         super().reset_parameters()
         nn.init.uniform_(self.weight, -self.init, self.init)
         nn.init.uniform_(self.bias, -self.init, self.init)
@@ -99,7 +99,11 @@ class Head(nn.Linear):
 
 
 class ExpertNetwork(nn.Module):
-    """MLP trunk with a router and the experts' heads; puts out ``[..., router_size + 2KA]``."""
+    """MLP trunk with a router and the experts' heads.
+
+    From inputs ``[*B, …]`` to ``[*B, router_size + 2KA]``: the router's outputs, then ``K A`` locs, then ``K A`` values
+    for the scale.
+    """
 
     def __init__(
         self,
@@ -143,12 +147,12 @@ class ExpertNetwork(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start the scales anew that belong to no layer; layers are reset each by itself."""
+        """Reset the scales, which belong to no layer; TorchRL resets every layer by itself."""
         if self.log_scale is not None:
             self.log_scale.zero_()
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Features of the inputs, concatenated."""
+        """Outputs ``[*B, router_size + 2KA]`` for the concatenated inputs."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
         features = self.trunk(x)  # [*B, num_cells[-1]]
         if self.reads == "separate":
@@ -165,7 +169,7 @@ class Chain(nn.Sequential):
     """``nn.Sequential`` whose modules may take several inputs."""
 
     def forward(self, *inputs: Tensor) -> Any:
-        """What the last module puts out."""
+        """Output of the last module."""
         out: Any = inputs
         for module in self:
             out = module(*out) if isinstance(out, tuple) else module(out)
@@ -176,8 +180,8 @@ class SelectExpert(nn.Module):
     """Loc and scale of one expert, from the inputs of the whole actor.
 
     Args:
-        network: puts out logits, locs and scales.
-        expert: which one.
+        network: returns logits, locs and scales.
+        expert: index of the expert.
     """
 
     def __init__(self, network: nn.Module, expert: int) -> None:

@@ -30,7 +30,7 @@ ENTROPY_FROM = ("policy", "winner")
 
 
 class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
-    """What a SAC-like loss adds: the experts learn from the critics' scores too, through ``backprop``."""
+    """What critic-scored losses of the SAC family share: the actor's loss of the experts, through ``backprop``."""
 
     def _set_experts(
         self,
@@ -56,7 +56,7 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
         self._set_target_entropy()
 
     def _set_target_entropy(self) -> None:
-        """Turn ``"auto"`` into a number, and refuse a number that no policy reaches."""
+        """Turn ``"auto"`` into a number, and refuse a number that no policy can reach."""
         target: Any = self._target_entropy
         units = action_units(self.actor_network, self._action_leaf())
         if target == "auto":
@@ -134,7 +134,7 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
             index = values.argmax(-1) if self.backprop == "max" else dist.sample_expert(self._draws)  # [*M, *B]
         # the noise that won is not standard normal, so a decoupled loss draws the expert that won anew
         action, log_prob = proposals.redraw(index) if self.decoupled else proposals.select(index)
-        # a second call of the critics: the first one had no gradient, and needed none for the K - 1 other proposals
+        # a second call of the critics, with gradient on one action a state: cheaper than K actions with gradient
         loss = self._alpha * log_prob - self._critic_value(tensordict, action, per_expert=False, draws=draws)
         return loss, log_prob, self._scored(dist, values, proposals.log_prob)
 
@@ -189,8 +189,9 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
 class PMOESACLoss(CriticScoredSACLoss, SACLoss):
     """SAC for a mixture policy with critic-scored routing (PMOE, arXiv 2104.09122, section 3).
 
-    Every expert proposes an action, the critics score all ``B K`` of them in one call, ``score_k = min_j Q_j(s, a_k)``,
-    and the router learns from the scores. The critics' own loss, the target and the temperature are the parent's.
+    Every expert proposes an action, and the critics score all ``B K`` proposals in one call,
+    ``score_k = min_j Q_j(s, a_k)``. The router learns from the scores. The critics' loss, the target and the
+    temperature's loss are those of :class:`~torchrl.objectives.SACLoss`.
 
     Args:
         actor_network: any actor whose ``get_dist`` returns a ``NormalMixture`` or ``TanhNormalMixture``. Its ``score``
@@ -205,16 +206,16 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
             ``[*B]``.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` (the paper) or ``"log"``, for the two frequencies.
-        backprop: the experts that the actor's loss flows through: ``"max"``, the best proposal (the paper's
-            back-prop-max); ``"all"``, every one equally (back-prop-all); ``"routed"``, the one that the router drew;
-            ``"weighted"``, every one times its detached weight; with the soft frequency and the mixture's density
-            that is what keeps modes.
+        backprop: the experts that learn from the actor's loss: ``"max"``, the one with the best proposal (the paper's
+            back-prop-max); ``"all"``, every expert equally (back-prop-all); ``"routed"``, the one that the router
+            drew; ``"weighted"``, every expert times its detached weight, which keeps modes together with the soft
+            frequency and the mixture's density.
         decoupled: with ``backprop="max"``, select the best expert on one set of draws and learn from a fresh draw of
-            it. The draw that won is no random draw of its expert, and learning from it pushes the scales up (the
-            actor's twin of Q-learning's maximisation bias).
-        entropy_from: whose entropy the temperature's loss and the output ``entropy`` see: ``"policy"``,
-            ``-sum_k w_k log pi(a_k)`` with one draw ``a_k`` of every expert, whatever ``backprop`` trains; or
-            ``"winner"``, that of the draws that the actor's loss flows through (the authors' code).
+            it. The draw that won is no random draw of its expert, and learning from it pushes the scales up (like
+            Q-learning's maximisation bias).
+        entropy_from: the entropy that the temperature's loss and the output ``entropy`` use: ``"policy"``,
+            ``-sum_k w_k log pi(a_k)`` with one draw ``a_k`` of every expert, for every ``backprop``; or ``"winner"``,
+            that of the draws that the actor's loss uses (the authors' code).
         target_entropy: a number of nats in the action's own units, or ``"auto"``: ``-A`` nats of actions scaled to
             ``[-1, 1]``, which is ``-A + sum_i log((high_i - low_i) / 2)``.
         num_proposals: draws of each expert, ``M``; frequencies, exponents and losses average over them.
@@ -222,7 +223,7 @@ class PMOESACLoss(CriticScoredSACLoss, SACLoss):
 
     Returns (on a call): the parent's keys, ``loss_routing`` (coefficient included) and the diagnostics
     ``routing_entropy`` (mean over states, nats), ``expert_usage`` (``[K]``, mean probability) and
-    ``best_expert_value``. With ``reduction="none"`` losses are ``[*B]`` and diagnostics go where ``alpha`` goes.
+    ``best_expert_value``. With ``reduction="none"`` losses are ``[*B]``, and diagnostics are handled as ``alpha`` is.
 
     Raises:
         ValueError: for a value that an option cannot have, SAC v1, an actor whose distribution is not a mixture, or a
@@ -272,12 +273,12 @@ class PMOETQCLoss(CriticScoredSACLoss, TQCLoss):
         qvalue_network: the quantile critic, as in :class:`~torchrl.objectives.TQCLoss`.
 
     Keyword Args:
-        routing: see :class:`PMOESACLoss`, as for all of these.
+        routing: see :class:`PMOESACLoss` for this and all that follow.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` or ``"log"``.
-        backprop: the experts that the actor's loss flows through.
+        backprop: the experts that learn from the actor's loss.
         decoupled: whether ``"max"`` learns from a fresh draw.
-        entropy_from: whose entropy the temperature's loss sees.
+        entropy_from: the entropy that the temperature's loss uses.
         num_proposals: draws of each expert.
         **kwargs: of :class:`~torchrl.objectives.TQCLoss`.
 

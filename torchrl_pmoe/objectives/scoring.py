@@ -1,4 +1,4 @@
-"""Critic-scored routing, written once for every loss that holds critics."""
+"""Critics that score the experts' proposals, and what every critic-scored loss shares."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torchrl_pmoe.distributions.routing import (
     RoutingEstimator,
     RoutingGradient,
     ScoredProposals,
-    can_look_at,
     find_estimator,
+    host_can_read,
 )
 from torchrl_pmoe.modules.specs import refuse_unknown
 from torchrl_pmoe.objectives.units import mixture_of
@@ -40,11 +40,11 @@ PARENT_CHOICES: dict[str, tuple[str | None, ...]] = {
     "reduction": (None, "mean", "sum", "none"),
     "scalar_output_mode": (None, "exclude", "non_tensor"),
 }
-"""Options of TorchRL's losses that are looked at in the first call only."""
+"""Options that TorchRL's own losses check in the first call only."""
 
 
 Layouts = dict[tuple[int, int, bool], bool]
-"""Whether critics want what comes before the batch folded into it, by the kind of batch; see :func:`_must_fold`."""
+"""Whether critics need the leading dimensions folded into the batch, by the kind of batch; see :func:`_must_fold`."""
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def score_proposals(
     if answers is None:
         answers = loss._scoring_layouts = {}
     action = action.movedim(-2, 0)  # [K, *B, *G, A]
-    # the loss's own parameters: a collector may have put others in place, which TorchRL's cache of them does not know
+    # not TorchRL's cache of them, which does not notice that a collector has put other parameters in place
     value = _values(loss, tensordict, action, 1, loss.qvalue_network_params, reduce, answers)
     return value.movedim(int(per_critic), -1)  # [(N,) K, *B, *G] to [(N,) *B, *G, K]
 
@@ -206,7 +206,7 @@ def _must_fold(loss: Any, states: TensorDictBase, action: Tensor, leading: int, 
     fold = answers.get(kind)
     if fold is not None:
         return fold
-    if not can_look_at(action):
+    if not host_can_read(action):
         return False
     fold = _find_fold(loss, states, action, leading)
     if fold is not None:
@@ -231,7 +231,7 @@ def _find_fold(loss: Any, states: TensorDictBase, action: Tensor, leading: int) 
         # a copy of the weights: a critic may keep statistics
         return _evaluate(loss, states, action, leading, weights.clone(), _each_critic, fold=fold)
 
-    # a critic may draw numbers, which the run must not miss
+    # a critic may draw random numbers, and those of the run must stay as they are
     with torch.random.fork_rng(devices=[action.device] if action.is_cuda else []):
         disturbed = flat + torch.randn_like(flat)
         weights = _random_weights(loss.qvalue_network_params)
@@ -253,7 +253,7 @@ def _find_fold(loss: Any, states: TensorDictBase, action: Tensor, leading: int) 
             if _agree(value[:, -1], alone, value):
                 return fold if value.any() else None
         if ran and not _agree(evaluate(flat[-1], 0, fold=False), alone, alone):
-            return ran[0][0]  # a critic that draws gives no two values alike
+            return ran[0][0]  # a critic that draws random numbers never gives the same value twice
     if ran:
         apart = (ran[0][1] - alone).abs().max().item()
         why = f"a proposal's value beside the others is up to {apart:.2g} from its value alone"
@@ -277,13 +277,13 @@ def _random_weights(params: TensorDictParams) -> TensorDictBase:
 
 
 def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
-    """Whether two values differ by rounding alone, which may be that of another kernel; ``scale`` holds their size."""
+    """Whether two values differ by rounding alone, perhaps of two kernels; ``scale`` has numbers of their size."""
     single = value.is_cuda and value.dtype is torch.float32
     reduced = single and torch.get_float32_matmul_precision() != "highest"
     if reduced or torch.is_autocast_enabled(value.device.type):
         eps = torch.finfo(torch.bfloat16).eps
     elif single:
-        # convolutions and recurrent kernels may round to TF32's ten bits, whatever is asked of matrix products
+        # convolutions and recurrent kernels may round to TF32's ten bits, whatever the setting for matrix products
         eps = torch.finfo(torch.float16).eps
     else:
         eps = torch.finfo(value.dtype).eps
@@ -292,15 +292,15 @@ def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
 
 
 class CriticScoredLoss:
-    """What a loss needs to train a router with its critics as the judges; mixed in before the parent.
+    """Mixin that trains a router by the scores of a loss's critics; name it before TorchRL's loss among the bases.
 
-    The parent brings ``actor_network``, ``qvalue_network`` with its parameters, and the keys ``action`` and
-    ``state_action_value``. A subclass says with :meth:`_reduce_critics` how its critics' outputs become one value, and
-    with :attr:`_temperature` what the soft objective weighs the entropy with. Everything about routing is described in
+    TorchRL's loss has ``actor_network``, ``qvalue_network`` with its parameters, and the keys ``action`` and
+    ``state_action_value``. A subclass defines :meth:`_reduce_critics`, from its critics' outputs to one value, and
+    :attr:`_temperature`, the weight of the entropy in the soft objective. The options are described in
     :class:`~torchrl_pmoe.objectives.PMOESACLoss`.
     """
 
-    # no LossModule itself: its metaclass would put an empty forward before the parent's
+    # not a LossModule itself: the metaclass would put an empty forward before the parent's
     qvalue_network: TensorDictModule
     qvalue_network_params: TensorDictParams
     tensor_keys: Any
@@ -309,8 +309,8 @@ class CriticScoredLoss:
     _make_vmap: Callable[[], None]
 
     def __getstate__(self) -> dict[str, Any]:
-        # TorchRL caches the detached parameters: a copy would go on scoring with those of the original. Its vmapped
-        # network is a local function, which does not pickle
+        # TorchRL caches the detached parameters, and a copy would score with those of the original; the vmapped
+        # network is a local function, which cannot be pickled
         state = {**self.__dict__, "_cache": {}}
         del state["_vmap_qnetworkN0"]
         return state
@@ -348,7 +348,7 @@ class CriticScoredLoss:
 
     @classmethod
     def _check_options(cls, options: Mapping[str, Any], *parents: type) -> None:
-        """Refuse what the parents would not know, or would find out about in the first call only.
+        """Refuse options that the parents do not know, and values that they would refuse in the first call only.
 
         Raises:
             TypeError: for an unknown option.
@@ -381,7 +381,7 @@ class CriticScoredLoss:
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """Keys of the output: the parent's, then ours, so that a call with keywords returns the parent's first."""
+        """Keys of the output: the parent's, then ours. A call with keywords returns a tuple in this order."""
         if self._out_keys is None:
             self._out_keys = [*super().out_keys, *self._own_out_keys]  # type: ignore[misc]
         return self._out_keys
@@ -409,7 +409,7 @@ class CriticScoredLoss:
                 f"{type(self).__name__}: the actor must describe a NormalMixture or TanhNormalMixture, "
                 f"got {type(dist).__name__}."
             )
-        # what comes behind the batch is the agents of a group, an action each
+        # the mixture may have more batch dimensions than the tensordict: the agents of a group, an action each
         if dist.batch_shape[: tensordict.ndim] != tensordict.batch_size:
             raise ValueError(
                 f"{type(self).__name__}: every state needs an action, got a mixture of batch shape "
@@ -428,8 +428,8 @@ class CriticScoredLoss:
 
         Args:
             tensordict: states ``[*B]``.
-            action: ``[*M, *B, *G, A]``, or ``[*M, *B, *G, K, A]`` per expert. ``*G`` are the agents of a group, where
-                there are some.
+            action: ``[*M, *B, *G, A]``, or ``[*M, *B, *G, K, A]`` per expert. ``*G`` are the agents of a group, if
+                any.
             per_expert: whether the actions are proposals of the experts.
             draws: dimensions of ``*M``.
 
@@ -444,7 +444,7 @@ class CriticScoredLoss:
         return value.movedim(0, -1)  # [K, *M, *B, *G] to [*M, *B, *G, K]
 
     def score_proposals(self, tensordict: TensorDictBase, action: Tensor, *, per_critic: bool = False) -> Tensor:
-        """:func:`score_proposals` by the critics of this loss: what :class:`BestOfExpertsActor` asks for."""
+        """:func:`score_proposals` by the critics of this loss; :class:`BestOfExpertsActor` takes this method."""
         return score_proposals(self, tensordict, action, per_critic=per_critic)
 
     def _scored(self, dist: NormalMixture, values: Tensor, log_prob: Tensor | Callable[[], Tensor]) -> ScoredProposals:
