@@ -26,7 +26,7 @@ BELOW = {
 CONFIG = ("hydra", "omegaconf", "pydantic")
 """What reads configs: the recipes do, the library takes arguments."""
 
-WITHOUT_CIRCLES = ("torchrl_pmoe",)
+WITHOUT_CIRCLES = ("torchrl_pmoe", "recipes")
 """Folders whose modules must not import each other in a circle."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 import yaml
+from config.typed import build, described_keys, get, set_, to_dict, unknown_key
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -28,7 +29,6 @@ from parts import process
 from parts.errors import Interrupted, RunError, UsageError, cause
 from parts.resume import CHANGEABLE, from_here, how_to_resume, open_run, resume_argument, run_of
 from parts.training import prepare_torch
-from parts.typed_config import build, described_keys, get, set_, to_dict, unknown_key
 from torchrl_pmoe.envs import EnvironmentFault
 from torchrl_pmoe.runs import DirectoryInUseError, RunDirectory
 from torchrl_pmoe.runs.files import replace_file

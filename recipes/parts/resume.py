@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.types import Quote, QuotedString
 from torchrl.checkpoint import CheckpointError
 
 from parts.errors import UsageError
@@ -198,7 +197,7 @@ def command_to_resume(run: Path) -> str:
 def resume_argument(run: Path) -> str:
     """The override that goes on with a run, as Hydra reads it."""
     where = from_here(run)
-    return f"resume={where if _is_plain(where) else QuotedString(literal(where), Quote.single).with_quotes()}"
+    return f"resume={where if _is_plain(where) else _quoted(literal(where))}"
 
 
 def _is_plain(text: str) -> bool:
@@ -210,6 +209,13 @@ def _is_plain(text: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _quoted(text: str) -> str:
+    """A text in single quotes, as Hydra reads them: a backslash counts before a quote alone."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"'{escaped}'"
 
 
 def from_here(path: Path) -> str:

@@ -45,7 +45,7 @@ from config.sac_many_seeds import ManySeedsConfig  # isort: skip
 from config.sac_pmoe import SACConfig  # isort: skip
 from config.target_reaching import TargetReachingConfig  # isort: skip
 from parts.errors import UsageError  # isort: skip
-from parts.typed_config import allowed, build, described_keys  # isort: skip
+from config.typed import allowed, build, described_keys  # isort: skip
 
 LIMIT = 600.0
 """Seconds after which a run hangs; it takes one or two, but what else the machine does is not ours."""

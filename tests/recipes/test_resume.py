@@ -29,7 +29,7 @@ import target_reaching  # isort: skip
 from parts import resume  # isort: skip
 from parts.errors import Interrupted, RunError, UsageError  # isort: skip
 from parts.training import has_compiler  # isort: skip
-from parts.typed_config import build  # isort: skip
+from config.typed import build  # isort: skip
 
 SAC = [
     "env=Hopper-v4",
