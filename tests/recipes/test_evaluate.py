@@ -439,7 +439,7 @@ def test_mujoco_is_filmed_without_a_display(trained, capsys, monkeypatch):
         pytest.skip(line)
     assert status == 0, line
     frames, seconds = count_frames_and_secs(str(run / "evaluation" / "episode.mp4"))
-    # 125 steps a second, of which a player shows every third; none of the first seven lost its place in time
+    # of 125 steps a second every third is shown, at the speed of the environment
     assert frames == 3
     assert seconds == pytest.approx(9 / 125, abs=0.01)
 
