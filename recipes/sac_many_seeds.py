@@ -37,7 +37,8 @@ from torch import Tensor
 from torchrl._utils import seed_generator
 from torchrl.data import RandomSampler, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, SerialEnv
-from torchrl.objectives import SoftUpdate
+from torchrl.modules import ProbabilisticActor
+from torchrl.objectives import SACLoss, SoftUpdate
 from torchrl.trainers.trainers import SelectKeys
 
 from torchrl_pmoe.envs import make_env
@@ -105,16 +106,23 @@ def make_envs(cfg: ManySeedsConfig) -> EnvBase:
     return SerialEnv(len(makers), makers)
 
 
+def build_agents(cfg: ManySeedsConfig, env: EnvBase) -> list[tuple[ProbabilisticActor, SACLoss]]:
+    """Policy and loss of every agent, each made under its own seed."""
+    spec, observation_size = env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]
+    agents = []
+    for seed in range(cfg.seed, cfg.seed + cfg.num_seeds):
+        seed_everything(seed)
+        agents.append(build_agent(cfg, spec, observation_size))
+    return agents
+
+
 def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
     """Train ``num_seeds`` agents at once; leave ``seed<n>/metrics.csv`` of each in ``run_dir``."""
-    env, number, seeds = make_envs(cfg), cfg.num_seeds, range(cfg.seed, cfg.seed + cfg.num_seeds)
-    built = []
-    for seed in seeds:
-        seed_everything(seed)
-        built.append(build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1]))
+    env, number = make_envs(cfg), cfg.num_seeds
+    built = build_agents(cfg, env)
     agents = [
         as_agent(cfg, run_dir / f"seed{seed}", seed, actor, loss, explorer_and_evaluated(cfg, actor, loss)[1])
-        for seed, (actor, loss) in zip(seeds, built, strict=True)
+        for seed, (actor, loss) in enumerate(built, cfg.seed)
     ]
     loss = StackedLoss([loss for _, loss in built])
     seed_everything(cfg.seed)

@@ -22,6 +22,7 @@ import numpy as np
 import sac_pmoe
 from config.sac_pmoe import SACConfig, refuse_target_entropy
 from config.target_reaching import MAY_CHANGE, TargetReachingConfig, resolve
+from config.typed import build, described_keys, get
 from omegaconf import DictConfig
 from parts import routes_report
 from parts.errors import Interrupted, UsageError
@@ -38,7 +39,6 @@ from parts.launch import (
 from parts.resume import from_here, how_to_resume, open_run, read_config
 from parts.route_episodes import record_episodes
 from parts.training import prepare_torch
-from parts.typed_config import build, described_keys, get
 from parts.workers import run_in_workers
 from tqdm import tqdm
 

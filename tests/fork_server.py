@@ -32,7 +32,7 @@ AVAILABLE = hasattr(os, "fork") and hasattr(os, "pidfd_open") and Path("/proc/se
 """Whether this system can fork for a command; Linux can."""
 
 # a run draws at its end
-_IMPORTS = ("matplotlib.pyplot", "dac", "ppo_pmoe", "sac_pmoe", "target_reaching")
+_IMPORTS = ("matplotlib.pyplot", "dac", "ppo_pmoe", "sac_many_seeds", "sac_pmoe", "target_reaching")
 _MOST_BYTES = 2**20
 
 

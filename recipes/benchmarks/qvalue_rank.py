@@ -35,11 +35,11 @@ from torchrl_pmoe.envs.making import make_gym_env
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config.ppo_pmoe import PPOConfig, resolve
+from config.typed import build
 from parts.errors import UsageError
 from parts.on_policy import NORMALIZATION
 from parts.resume import load_components, open_run
 from parts.training import prepare_torch
-from parts.typed_config import build
 from ppo_pmoe import build_agent, build_env
 
 Array = NDArray[np.float64]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from parts.training import choose_compile
-from parts.typed_config import Number, Text, config_class, field, group, register
 from pydantic import Field
 
 from config import shared
 from config.ppo_pmoe import Loss, OnPolicyConfig, refuse_batches
 from config.shared import Experts
+from config.typed import Number, Text, config_class, field, group, register
 
 
 @config_class

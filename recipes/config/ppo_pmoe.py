@@ -8,7 +8,12 @@ from typing import Annotated, Any, Literal
 from parts.networks import ActorOptions
 from parts.resume import metadata
 from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, choose_compile
-from parts.typed_config import (
+from pydantic import Field
+from torchrl.data import TensorSpec
+
+from config import shared
+from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
+from config.typed import (
     Device,
     Flag,
     Kwargs,
@@ -24,11 +29,6 @@ from parts.typed_config import (
     register,
     to_dict,
 )
-from pydantic import Field
-from torchrl.data import TensorSpec
-
-from config import shared
-from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
 
 
 @config_class

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from parts.typed_config import config_class, field, register
-
 from config import sac_pmoe
 from config.shared import Experts, refuse
+from config.typed import config_class, field, register
 
 
 @config_class

@@ -10,7 +10,12 @@ from parts.errors import UsageError
 from parts.networks import UNIMODAL, ActorOptions
 from parts.resume import metadata
 from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, choose_compile
-from parts.typed_config import (
+from pydantic import Field
+from torchrl.data import TensorSpec
+
+from config import shared
+from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
+from config.typed import (
     Allowed,
     Device,
     Flag,
@@ -29,11 +34,6 @@ from parts.typed_config import (
     register,
     to_dict,
 )
-from pydantic import Field
-from torchrl.data import TensorSpec
-
-from config import shared
-from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
 
 
 @config_class

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
 from parts.networks import ACTIVATIONS, POLICIES, UNIMODAL
-from parts.typed_config import Allowed, Flag, Integer, Number, Size, Text, config_class, field, get, set_
 from pydantic import AfterValidator, Field
 
+from config.typed import Allowed, Flag, Integer, Number, Size, Text, config_class, field, get, set_
 from torchrl_pmoe.envs.making import Backend, unavailable
 
 

@@ -6,7 +6,11 @@ import copy
 from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
-from parts.typed_config import (
+from pydantic import AfterValidator, Field
+
+from config import sac_pmoe, shared
+from config.shared import Experts, Frames, refuse
+from config.typed import (
     Allowed,
     Integer,
     Kwargs,
@@ -20,10 +24,6 @@ from parts.typed_config import (
     set_,
     to_dict,
 )
-from pydantic import AfterValidator, Field
-
-from config import sac_pmoe, shared
-from config.shared import Experts, Frames, refuse
 
 POLICIES: dict[str, dict[str, Any]] = {
     "gaussian": {"policy": "gaussian"},

@@ -9,13 +9,16 @@ import os
 import re
 import secrets
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import yaml
+from config.typed import build, described_keys, get, set_, to_dict, unknown_key
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -26,7 +29,6 @@ from parts import process
 from parts.errors import Interrupted, RunError, UsageError, cause
 from parts.resume import CHANGEABLE, from_here, how_to_resume, open_run, resume_argument, run_of
 from parts.training import prepare_torch
-from parts.typed_config import build, described_keys, get, set_, to_dict, unknown_key
 from torchrl_pmoe.envs import EnvironmentFault
 from torchrl_pmoe.runs import DirectoryInUseError, RunDirectory
 from torchrl_pmoe.runs.files import replace_file
@@ -66,10 +68,18 @@ def launch(main: Callable[[], None], config_class: type) -> None:
 
 
 def _launch(main: Callable[[], None], config_class: type) -> None:
+    def bad_flag(parser: ArgumentParser, message: str) -> NoReturn:
+        _stop(f"error: {message}; --help tells more", 2)
+
     try:
-        main()
+        # Hydra's parser would print its usage first
+        with patch.object(ArgumentParser, "error", bad_flag):
+            main()
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_hydra_line(error, config_class), 2)
+    except ValueError as error:
+        # flags that do not go together; what a job raises has its line already
+        _stop(f"error: {' '.join(str(error).split())}", 2)
     except JobError as error:
         _stop(error.line, error.status)
     except OSError as error:

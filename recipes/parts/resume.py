@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.types import Quote, QuotedString
 from torchrl.checkpoint import CheckpointError
 
 from parts.errors import UsageError
@@ -187,13 +186,18 @@ def how_to_resume(run: Path) -> str:
         return "it cannot go on, with checkpoint.replay_buffer=false a checkpoint is without what that takes"
     if Path(sys.argv[0]).stem == "target_reaching" and config.get("recipe") != "target_reaching":
         run = run.parent  # that script goes on with an experiment, not with one training of it
-    return f"goes on with: {shlex.join(['python', sys.argv[0], resume_argument(run)])}"
+    return f"goes on with: {command_to_resume(run)}"
+
+
+def command_to_resume(run: Path) -> str:
+    """What to type in a shell to go on with a run."""
+    return shlex.join(["python", sys.argv[0], resume_argument(run)])
 
 
 def resume_argument(run: Path) -> str:
     """The override that goes on with a run, as Hydra reads it."""
     where = from_here(run)
-    return f"resume={where if _is_plain(where) else QuotedString(literal(where), Quote.single).with_quotes()}"
+    return f"resume={where if _is_plain(where) else _quoted(literal(where))}"
 
 
 def _is_plain(text: str) -> bool:
@@ -205,6 +209,13 @@ def _is_plain(text: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _quoted(text: str) -> str:
+    """A text in single quotes, as Hydra reads them: a backslash counts before a quote alone."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"'{escaped}'"
 
 
 def from_here(path: Path) -> str:

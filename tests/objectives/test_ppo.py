@@ -37,11 +37,9 @@ from torchrl_pmoe import (
     NormalMixture,
     PMOEActor,
     PMOEClipPPOLoss,
-    RoutingGradient,
     TanhNormalMixture,
 )
-from torchrl_pmoe.distributions import mixture
-from torchrl_pmoe.objectives.scoring import Scored
+from torchrl_pmoe.distributions import ESTIMATORS, ScoredProposals, mixture
 
 K, B = 4, 8
 ALPHA = 0.25  # the entropy coefficient, exact in every dtype
@@ -250,17 +248,14 @@ def test_where_the_entropy_coefficient_ends_at_zero_the_soft_frequency_is_the_be
     torch.testing.assert_close(soft(batch)["loss_routing"], hard(batch)["loss_routing"])
 
 
-def test_without_a_temperature_several_draws_agree_on_the_best_on_average(monkeypatch):
+def test_without_a_temperature_several_draws_agree_on_the_best_on_average():
     """No draw's winner may drown the others: what counts is the mean score."""
-    loss = PMOEClipPPOLoss.__new__(PMOEClipPPOLoss)
     logits = torch.zeros(1, 3, dtype=torch.float64)
     dist = NormalMixture(logits, logits.unsqueeze(-1), torch.ones(1, 3, 1, dtype=torch.float64))
     value = torch.tensor([[[5.0, 0.0, 4.0]], [[0.0, 5.0, 4.5]]], dtype=torch.float64)
-    scored = Scored(dist, value, torch.zeros_like(value))
-    loss.__dict__.update(routing=RoutingGradient.SOFT_FREQUENCY, routing_loss="brier")
-    monkeypatch.setattr(PMOEClipPPOLoss, "_temperature", torch.zeros(()))
+    scored = ScoredProposals(dist, value, temperature=torch.zeros(()), log_prob=torch.zeros_like(value))
     expected = ((torch.full((3,), 1 / 3) - torch.tensor([0.0, 0.0, 1.0])) ** 2).mean()
-    assert PMOEClipPPOLoss._routing(loss, scored).item() == pytest.approx(expected.item())
+    assert ESTIMATORS["soft_frequency"](scored).item() == pytest.approx(expected.item())
 
 
 def test_each_loss_moves_its_own_parameters_alone():

@@ -39,10 +39,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from tqdm import tqdm
 
-import dac  # isort: skip
-import ppo_pmoe  # isort: skip
-import sac_pmoe  # isort: skip
-import target_reaching  # isort: skip
+from config.dac import DACConfig  # isort: skip
+from config.ppo_pmoe import PPOConfig  # isort: skip
+from config.sac_many_seeds import ManySeedsConfig  # isort: skip
+from config.sac_pmoe import SACConfig  # isort: skip
+from config.target_reaching import TargetReachingConfig  # isort: skip
+from parts.errors import UsageError  # isort: skip
+from config.typed import allowed, build, described_keys  # isort: skip
 
 LIMIT = 600.0
 """Seconds after which a run hangs; it takes one or two, but what else the machine does is not ours."""
@@ -53,13 +56,37 @@ MEMORY = 8 * 2**30
 
 # ------------------------------------------------------------------------------------------- commands
 
-RULES = {
-    "sac_pmoe": sac_pmoe.RULES,
-    "ppo_pmoe": ppo_pmoe.RULES,
-    "dac": dac.RULES,
-    "target_reaching": target_reaching.RULES,
+
+@dataclass(frozen=True)
+class Rule:
+    """What one key of a typed config may hold."""
+
+    config: type
+    key: str
+
+    @property
+    def allowed(self) -> str:
+        return allowed(described_keys(self.config)[self.key])
+
+    def parse(self, value: Any) -> None:
+        """Raise ``ValueError`` where it is not allowed."""
+        for name in reversed(self.key.split(".")):
+            value = {name: value}
+        try:
+            build(self.config, value)
+        except UsageError as error:
+            raise ValueError from error
+
+
+CONFIGS = {
+    "sac_pmoe": SACConfig,
+    "sac_many_seeds": ManySeedsConfig,
+    "ppo_pmoe": PPOConfig,
+    "dac": DACConfig,
+    "target_reaching": TargetReachingConfig,
 }
-SHARES = {"sac_pmoe": 4, "ppo_pmoe": 3, "dac": 1, "target_reaching": 1}
+RULES = {name: {key: Rule(config, key) for key in described_keys(config)} for name, config in CONFIGS.items()}
+SHARES = {"sac_pmoe": 4, "sac_many_seeds": 1, "ppo_pmoe": 3, "dac": 1, "target_reaching": 1}
 
 _SHORT = {
     "network.hidden_sizes": "[16,16]",
@@ -78,6 +105,7 @@ _SHORT_ON_POLICY = {
 }
 BASES: dict[str, dict[str, str]] = {
     "sac_pmoe": {"env": "Pendulum-v1", **_SHORT_OFF_POLICY},
+    "sac_many_seeds": {"env": "Pendulum-v1", "num_seeds": "2", **_SHORT_OFF_POLICY},
     "ppo_pmoe": {**_SHORT_ON_POLICY, "network.qvalue_hidden_sizes": "[16,16]"},
     "dac": _SHORT_ON_POLICY,
     "target_reaching": {
@@ -230,7 +258,7 @@ def refuses(recipe: str, key: str, text: str) -> bool:
 @cache
 def tame_values(recipe: str, key: str) -> list[str]:
     """Values that leave a run a short one, or that no run is made with."""
-    if key in SLOW or key in SPECIAL:
+    if (key in SLOW or key in SPECIAL) and (recipe, key) != ("sac_pmoe", "num_seeds"):
         return SLOW.get(key) or SPECIAL[key]
     names = re.findall(r"[a-z]\w*", RULES[recipe][key].allowed)
     return [text for text in dict.fromkeys((*TAME, *names)) if not refuses(recipe, key, text)]

@@ -10,15 +10,16 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
+from torchrl_pmoe.envs import make_env, making
 from torchrl_pmoe.envs.mujoco.engines import has_mjx
 from torchrl_pmoe.trainers import FlatReplay
 
-import backends  # isort: skip
 import dac  # isort: skip
 import ppo_pmoe  # isort: skip
-import runs  # isort: skip
 import sac_pmoe  # isort: skip
 import target_reaching  # isort: skip
+from parts import training  # isort: skip
+from parts.errors import UsageError  # isort: skip
 
 SMALL_SAC = [
     "env=HalfCheetah-v4",
@@ -41,16 +42,16 @@ def installed(name, *marks):
 
 @pytest.fixture
 def nothing_installed(monkeypatch):
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    monkeypatch.setattr(backends, "has_mjx", lambda: False)
-    monkeypatch.setattr(backends.EnvPoolEnv, "available", staticmethod(lambda name: False))
+    monkeypatch.setattr(making, "find_spec", lambda name: None)
+    monkeypatch.setattr(making, "has_mjx", lambda: False)
+    monkeypatch.setattr(making.EnvPoolEnv, "available", staticmethod(lambda name: False))
 
 
 @pytest.fixture
 def everything_installed(monkeypatch):
-    monkeypatch.setattr(backends, "find_spec", lambda name: object())
-    monkeypatch.setattr(backends, "has_mjx", lambda: True)
-    monkeypatch.setattr(backends.EnvPoolEnv, "available", staticmethod(lambda name: name == "Ant-v4"))
+    monkeypatch.setattr(making, "find_spec", lambda name: object())
+    monkeypatch.setattr(making, "has_mjx", lambda: True)
+    monkeypatch.setattr(making.EnvPoolEnv, "available", staticmethod(lambda name: name == "Ant-v4"))
 
 
 @pytest.mark.parametrize("installed", ["nothing_installed", "everything_installed"])
@@ -69,11 +70,11 @@ def no_compiler():
 # 1 update a frame; 320 updates in 2,048 frames
 @pytest.mark.parametrize(("recipe", "frames"), [(sac_pmoe, 50_000), (ppo_pmoe, 320_000), (dac, 320_000)])
 def test_updates_are_compiled_where_there_are_fifty_thousand(recipe, frames, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "has_compiler", lambda: True)
+    monkeypatch.setattr(training, "has_compiler", lambda: True)
     for total_frames, compiled in ((frames, True), (frames - 1, False)):
         cfg = recipe_runs.resolve(recipe, f"total_frames={total_frames}")
         assert cfg.compile.enabled is compiled
-        runs.announce(cfg, "about", total_frames * 50_000 / frames)
+        training.announce("about", total_frames * 50_000 / frames, compiled=cfg.compile.enabled)
         assert f"about, compile.enabled={str(compiled).lower()}\n" in capsys.readouterr().out
 
 
@@ -81,19 +82,19 @@ def test_updates_are_compiled_where_there_are_fifty_thousand(recipe, frames, mon
 def test_without_a_compiler_long_runs_are_eager_and_say_so(recipe, no_compiler, capsys):
     cfg = recipe_runs.resolve(recipe)
     assert cfg.compile.enabled is False
-    runs.announce(cfg, "about", cfg.total_frames)
+    training.announce("about", cfg.total_frames, compiled=cfg.compile.enabled)
     assert capsys.readouterr().out == (
         "about, compile.enabled=false (there is no C++ compiler: g++, clang++ on macOS, or what CXX names)\n"
     )
     line = r"compile\.enabled=True: must be false or null where there is no C\+\+ compiler"
-    with pytest.raises(recipe_runs.common.UsageError, match=line):
+    with pytest.raises(UsageError, match=line):
         recipe_runs.resolve(recipe, "compile.enabled=true")
 
 
 def test_a_run_that_goes_on_keeps_its_choice():
     cfg = recipe_runs.resolve(sac_pmoe, "total_frames=100")
     cfg.total_frames = 1_000_000
-    sac_pmoe.resolve_config(cfg)
+    sac_pmoe.resolve(cfg)
     assert cfg.compile.enabled is False
 
 
@@ -119,13 +120,13 @@ def test_a_backend_that_is_missing_is_refused(override, allowed, nothing_install
     ],
 )
 def test_a_task_that_a_backend_lacks_is_refused(backend, override, why, everything_installed):
-    with pytest.raises(recipe_runs.common.UsageError) as error:
+    with pytest.raises(UsageError) as error:
         recipe_runs.resolve(ppo_pmoe, "env=Ant-v4", f"collector.backend={backend}", override)
     assert str(error.value).startswith(f"collector.backend={backend}: must be serial or parallel {why}")
 
 
 def test_target_reaching_has_environments_of_its_own():
-    with pytest.raises(recipe_runs.common.UsageError, match=r"collector\.backend=envpool: must be serial"):
+    with pytest.raises(UsageError, match=r"collector\.backend=envpool: must be serial"):
         recipe_runs.resolve(target_reaching, "collector.backend=envpool")
 
 
@@ -149,8 +150,9 @@ def test_serial_and_parallel_collect_the_same_frames():
     def first(backend):
         overrides = [*SMALL_SAC, f"collector.backend={backend}", "collector.num_envs=2"]
         cfg = recipe_runs.resolve(sac_pmoe, "device=cpu", *overrides)
-        env = backends.make_env(cfg)
-        collector = runs.build_collector(cfg, env, lambda td: td.set("action", torch.ones(2, 6)), frames_per_batch=40)
+        env = make_env(cfg.env, num_envs=2, seed=cfg.seed, backend=backend)
+        ones = lambda td: td.set("action", torch.ones(2, 6))
+        collector = training.build_collector(env, ones, frames_per_batch=40)
         try:
             return next(iter(collector))
         finally:
@@ -179,10 +181,9 @@ def test_collected_frames_are_stored_flat_and_not_through_the_host(monkeypatch):
 def test_frames_stay_on_the_gpu(recipe, small, tmp_path):
     where = ["env=HalfCheetah-v4", "num_experts=2", "device=cuda", "collector.backend=mjx", "collector.num_envs=4"]
     cfg = recipe_runs.resolve(recipe, *small, *where, "logger.progress_bar=false")
-    env = backends.make_env(cfg)
-    collector = runs.build_collector(
-        cfg, env, lambda td: td.set("action", torch.zeros(4, 6, device="cuda")), frames_per_batch=16
-    )
+    env = make_env(cfg.env, num_envs=4, seed=cfg.seed, backend="mjx", device="cuda")
+    zeros = lambda td: td.set("action", torch.zeros(4, 6, device="cuda"))
+    collector = training.build_collector(env, zeros, frames_per_batch=16, device="cuda")
     assert next(iter(collector))["next", "observation"].device.type == "cuda"
     collector.shutdown()
     recipe.train(cfg, tmp_path)

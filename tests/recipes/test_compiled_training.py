@@ -19,32 +19,29 @@ from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from torchrl_pmoe import PMOETQCLoss
+from torchrl_pmoe.trainers import FusedOptimizationStepper
 
 OBS, A, UPDATES, BATCHES = 17, 6, 300, 32
 SPEC = Bounded(-1.0, 1.0, (A,))
 
 
 def off_policy(*overrides, tqc=False):
-    import runs
     import sac_pmoe
 
     # the task is only named: no environment is made
     cfg = resolve(sac_pmoe, "env=HalfCheetah-v4", "device=cpu", "compile.enabled=true", *overrides)
     torch.manual_seed(0)
-    actor = sac_pmoe.build_actor(cfg, SPEC, OBS)
+    actor, loss = sac_pmoe.build_agent(cfg, SPEC, OBS)
     if tqc:
         quantiles = ValueOperator(
             MLP(in_features=OBS + A, out_features=25, num_cells=[256, 256]), in_keys=["observation", "action"]
         )
         loss = PMOETQCLoss(actor, quantiles, top_quantiles_to_drop_per_net=2)
         loss.make_value_estimator(gamma=cfg.optim.gamma)
-    else:
-        loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, SPEC, OBS))
     batches = [transitions(cfg.optim.batch_size) for _ in range(BATCHES)]
 
     def stepper(loss, compiled):
-        cfg.compile.enabled = compiled
-        return runs.build_stepper(cfg, SoftUpdate(loss, eps=cfg.optim.target_update_polyak))
+        return FusedOptimizationStepper(SoftUpdate(loss, eps=cfg.optim.target_update_polyak), compile=compiled)
 
     return cfg, loss, actor, batches, stepper
 
@@ -73,18 +70,11 @@ def transitions(size):
 def on_policy(recipe, *overrides):
     import dac
     import ppo_pmoe
-    import runs
 
     cfg = resolve(recipe, "env=HalfCheetah-v4", "device=cpu", "compile.enabled=true", *overrides)
     torch.manual_seed(0)
     size = cfg.collector.frames_per_batch // cfg.loss.num_minibatches
-    if recipe is dac:
-        actor = dac.build_actor(cfg, SPEC, OBS)
-        loss = dac.build_loss(cfg, actor, ppo_pmoe.build_value(cfg, OBS, cfg.num_options, "option_value"))
-    else:
-        actor = ppo_pmoe.build_actor(cfg, SPEC, OBS)
-        qvalue = ppo_pmoe.build_qvalue(cfg, SPEC, OBS) if ppo_pmoe.critic_scored(cfg) else None
-        loss = ppo_pmoe.build_loss(cfg, actor, ppo_pmoe.build_value(cfg, OBS), qvalue)
+    actor, _, loss = recipe.build_agent(cfg, SPEC, OBS)
     keys = dac.TRAINED_ON if recipe is dac else ppo_pmoe.TRAINED_ON
 
     def one():
@@ -95,7 +85,7 @@ def on_policy(recipe, *overrides):
         with torch.no_grad():
             td = actor(td)
         td["state_value"], td["value_target"] = torch.randn(size, 1), torch.randn(size, 1)
-        td["option_value"] = torch.randn(size, cfg.get("num_options", 1))
+        td["option_value"] = torch.randn(size, getattr(cfg, "num_options", 1))
         for name in ("advantage", "advantage_high", "advantage_low"):
             td[name] = torch.randn(size, 1)
         return td.select(*keys)
@@ -103,15 +93,14 @@ def on_policy(recipe, *overrides):
     batches = [one() for _ in range(BATCHES)]
 
     def stepper(loss, compiled):
-        cfg.compile.enabled = compiled
-        return runs.build_stepper(cfg)
+        return FusedOptimizationStepper(compile=compiled)
 
     return cfg, loss, actor, batches, stepper
 
 
 def end_of_training(parts, compiled):
     """Every weight after :data:`UPDATES` updates, before and after, one after the other."""
-    import runs
+    from parts.training import build_optimizer
 
     cfg, start, _, batches, build_stepper = parts
     # the actor in a copied loss is another one
@@ -119,8 +108,8 @@ def end_of_training(parts, compiled):
     stepper = build_stepper(loss, compiled)
     trainer = SimpleNamespace(
         loss_module=loss,
-        optimizer=runs.build_optimizer(cfg, loss, None),
-        clip_norm=cfg.optim.get("max_grad_norm"),
+        optimizer=build_optimizer(loss, lr=cfg.optim.lr, eps=cfg.optim.adam_eps),
+        clip_norm=getattr(cfg.optim, "max_grad_norm", None),
         clip_grad_norm=True,
         compute_loss=loss,
         _process_loss_ops=[],

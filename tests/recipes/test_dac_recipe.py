@@ -17,7 +17,7 @@ from torchrl_pmoe.runs import CarriedOptionPolicy
 
 import dac  # isort: skip
 import ppo_pmoe  # isort: skip
-from parts.typed_config import to_dict  # isort: skip
+from config.typed import to_dict  # isort: skip
 
 start = partial(recipe_runs.start, "dac")
 resolve = partial(recipe_runs.resolve, dac)

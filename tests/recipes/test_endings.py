@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import recipe_runs
-from recipe_runs import RECIPES, common, in_background, wait_for
+from recipe_runs import RECIPES, in_background, wait_for
 
-import process  # isort: skip
-import resume  # isort: skip
-import runs  # isort: skip
+from parts import launch as launching  # isort: skip
+from parts import process, resume, training  # isort: skip
 
 SMALL = [
     "env=Pendulum-v1",
@@ -51,7 +50,8 @@ def test_an_error_before_the_first_frame_is_one_line_too(launch, tmp_path, monke
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(runs, "build_collector", broken)
+    # the script is run as a new module, which takes the name from here
+    monkeypatch.setattr(training, "build_collector", broken)
     status, lines = launch("sac_pmoe", *SMALL, "hydra.run.dir=run")
     assert (status, lines) == (1, ["error: ZeroDivisionError; the traceback is in run/error.log"])
     assert "ZeroDivisionError" in (tmp_path / "run" / "error.log").read_text()
@@ -99,10 +99,10 @@ def test_a_sweep_in_which_every_config_is_refused_leaves_nothing(launch, tmp_pat
 
 
 def test_a_job_in_a_process_of_another_launcher_hands_its_error_to_hydra(monkeypatch):
-    monkeypatch.setattr(common, "sweep", common.Sweep())
-    common.sweep.parent = os.getpid() + 1
-    with pytest.raises(common.JobError) as error:
-        common.sweep.fail("error: no", 1)
+    monkeypatch.setattr(launching, "sweep", launching.Sweep())
+    launching.sweep.parent = os.getpid() + 1
+    with pytest.raises(launching.JobError) as error:
+        launching.sweep.fail("error: no", 1)
     assert (error.value.line, error.value.status) == ("error: no", 1)
 
 
@@ -130,7 +130,7 @@ def test_an_interrupt_ends_a_sweep_once_the_running_job_has_its_checkpoint(tmp_p
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.no_such_backend", "nonsense", "pdf"])
 def test_pictures_are_drawn_whatever_backend_a_notebook_has_left(backend, tmp_path):
     code = (
-        "import os, figures; figure, axes = figures.subplots(figsize=(1, 1)); axes.plot([1, 2]);"
+        "import os; from parts import figures; figure, axes = figures.subplots(figsize=(1, 1)); axes.plot([1, 2]);"
         "figure.savefig('a.png'); print(os.environ['MPLBACKEND'])"
     )
     done = subprocess.run(
@@ -190,7 +190,7 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(recipe, tmp_path):
 
 def test_a_warning_is_one_line_and_odd_letters_do_not_end_a_run(tmp_path):
     code = (
-        "import process, warnings; process.begin(); warnings.warn('two\\nlines', stacklevel=1);"
+        "import warnings; from parts import process; process.begin(); warnings.warn('two\\nlines', stacklevel=1);"
         "print('1 \u00b1 2'); raise ValueError('\u00e9')"
     )
     done = subprocess.run(

@@ -23,7 +23,7 @@ import ppo_pmoe  # isort: skip
 import sac_pmoe  # isort: skip
 from parts.on_policy import build_buffer  # isort: skip
 from parts.resume import open_run  # isort: skip
-from parts.typed_config import build  # isort: skip
+from config.typed import build  # isort: skip
 
 SAC = [
     "env=Pendulum-v1",

@@ -27,7 +27,7 @@ import target_reaching  # isort: skip
 from config.sac_pmoe import SACConfig  # isort: skip
 from parts import resume  # isort: skip
 from parts.launch import own_scratch  # isort: skip
-from parts.typed_config import build, to_dict  # isort: skip
+from config.typed import build, to_dict  # isort: skip
 
 SMALL = [
     "env=Pendulum-v1",

@@ -17,15 +17,19 @@ import numpy as np
 import pytest
 import recipe_runs
 import torch
-from recipe_runs import assert_one_line, common, in_background, start, timeless_rows, wait_for
+from recipe_runs import assert_one_line, in_background, start, timeless_rows, wait_for
+
+from torchrl_pmoe.runs import Evaluator, VerifiedCheckpoint
 
 import dac  # isort: skip
 import ppo_pmoe  # isort: skip
-import resume  # isort: skip
-import runs  # isort: skip
+import sac_many_seeds  # isort: skip
 import sac_pmoe  # isort: skip
-import seeds  # isort: skip
 import target_reaching  # isort: skip
+from parts import resume  # isort: skip
+from parts.errors import Interrupted, RunError, UsageError  # isort: skip
+from parts.training import has_compiler  # isort: skip
+from config.typed import build  # isort: skip
 
 SAC = [
     "env=Hopper-v4",
@@ -63,11 +67,11 @@ def interrupted_copy(run: Path, copy: Path, after: int) -> None:
             shutil.rmtree(checkpoint)
 
 
-def go_on_here(recipe, run: Path, train=None) -> None:
-    cfg, checkpoint = resume.open_run(run)
-    cfg.resume = str(checkpoint)
-    recipe.resolve_config(cfg)
-    (train or recipe.train)(cfg, run)
+def go_on_here(recipe, run: Path, **changes) -> None:
+    values, checkpoint = resume.open_run(run)
+    cfg = build(recipe_runs.CONFIGS[recipe.__name__], {**values, "resume": str(checkpoint), **changes})
+    recipe.resolve(cfg)
+    recipe.train(cfg, run)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +106,7 @@ def test_a_run_goes_on_with_another_word_on_bad_numbers(recipe, small, change, t
     before, after = change
     recipe_runs.run_here(recipe, tmp_path / "whole", *small, f"on_nonfinite={before}")
     interrupted_copy(tmp_path / "whole", tmp_path / "half", 384 if recipe is ppo_pmoe else 150)
-    cfg, checkpoint = resume.open_run(tmp_path / "half")
-    cfg.resume, cfg.on_nonfinite = str(checkpoint), after
-    recipe.resolve_config(cfg)
-    recipe.train(cfg, tmp_path / "half")
+    go_on_here(recipe, tmp_path / "half", on_nonfinite=after)
     found, expected = (
         [{key: value for key, value in row.items() if "skipped" not in key} for row in timeless_rows(tmp_path / run)]
         for run in ("half", "whole")
@@ -114,17 +115,16 @@ def test_a_run_goes_on_with_another_word_on_bad_numbers(recipe, small, change, t
 
 
 def test_several_seeds_at_once_go_on(tmp_path):
-    cfg = recipe_runs.resolve(sac_pmoe, *HERE, *SAC, "num_seeds=2")
-    seeds.train(cfg, tmp_path / "whole")
+    recipe_runs.run_here(sac_many_seeds, tmp_path / "whole", *SAC, "num_seeds=2")
     interrupted_copy(tmp_path / "whole", tmp_path / "half", 150)
-    go_on_here(sac_pmoe, tmp_path / "half", seeds.train)
+    go_on_here(sac_many_seeds, tmp_path / "half")
     for name in ("seed0", "seed1"):
         assert timeless_rows(tmp_path / "half" / name) == timeless_rows(tmp_path / "whole" / name)
 
 
 def test_a_compiled_run_goes_on_compiled(tmp_path):
     pytest.importorskip("torch._inductor")
-    if not runs.has_compiler():
+    if not has_compiler():
         pytest.skip("no C++ compiler here")
     recipe_runs.run_here(sac_pmoe, tmp_path / "whole", *SAC, "compile.enabled=true")
     interrupted_copy(tmp_path / "whole", tmp_path / "half", 150)
@@ -152,7 +152,7 @@ ROUTES = [
 def test_target_reaching_goes_on_with_each_of_its_trainings(tmp_path):
     def configs():
         cfg = recipe_runs.composed(target_reaching, *HERE, *ROUTES)
-        return cfg, target_reaching.resolve_config(cfg)
+        return cfg, target_reaching.resolve(cfg)
 
     cfg, found = configs()
     target_reaching.train_all(cfg, found, tmp_path / "whole")
@@ -204,21 +204,19 @@ def hangups_are_heard():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("which", [2, -1], ids=["an evaluation on the way", "the last evaluation"])
 @pytest.mark.parametrize(
-    ("recipe", "small", "train"),
-    [(sac_pmoe, SAC, None), (ppo_pmoe, PPO, None), (sac_pmoe, [*SAC, "num_seeds=2"], seeds.train)],
+    ("recipe", "small"),
+    [(sac_pmoe, SAC), (ppo_pmoe, PPO), (sac_many_seeds, [*SAC, "num_seeds=2"])],
     ids=["sac", "ppo", "seeds"],
 )
 def test_a_signal_in_an_evaluation_gives_it_up_and_the_run_goes_on_with_it(
-    recipe, small, train, which, number, tmp_path, monkeypatch, capfd, hangups_are_heard
+    recipe, small, which, tmp_path, monkeypatch, capfd, hangups_are_heard
 ):
-    if (number == signal.SIGHUP) != (small is SAC and which == 2):
-        pytest.skip("one of them is enough")
-    train = train or recipe.train
-    train(recipe_runs.resolve(recipe, *HERE, *small), tmp_path / "whole")
-    done = runs.Evaluator.__call__
+    # one of them is a hangup
+    number = signal.SIGHUP if small is SAC and which == 2 else signal.SIGTERM
+    recipe_runs.run_here(recipe, tmp_path / "whole", *small)
+    done = Evaluator.__call__
     calls, steps = [], []
 
     def nudged(self):
@@ -228,22 +226,22 @@ def test_a_signal_in_an_evaluation_gives_it_up_and_the_run_goes_on_with_it(
             monkeypatch.setattr(self.envs[0], "step", steps.append)
         return done(self)
 
-    total = (4 if recipe is sac_pmoe else 3) * (2 if train is seeds.train else 1)
-    monkeypatch.setattr(runs.Evaluator, "__call__", nudged)
-    with pytest.raises(common.Interrupted) as stop:
-        train(recipe_runs.resolve(recipe, *HERE, *small), tmp_path / "half")
+    total = {sac_pmoe: 4, ppo_pmoe: 3, sac_many_seeds: 8}[recipe]
+    monkeypatch.setattr(Evaluator, "__call__", nudged)
+    with pytest.raises(Interrupted) as stop:
+        recipe_runs.run_here(recipe, tmp_path / "half", *small)
     assert stop.value.number == number
     assert not steps
     assert "stopping: " in capfd.readouterr().err
     monkeypatch.undo()
     torch.manual_seed(99)  # what another process would have
-    go_on_here(recipe, tmp_path / "half", train)
-    for directory in ("seed0", "seed1") if train is seeds.train else (".",):
+    go_on_here(recipe, tmp_path / "half")
+    for directory in ("seed0", "seed1") if recipe is sac_many_seeds else (".",):
         whole = timeless_rows(tmp_path / "whole" / directory)
         assert timeless_rows(tmp_path / "half" / directory) == whole
     if which == -1:
-        with pytest.raises(common.UsageError, match="must be above the"):
-            go_on_here(recipe, tmp_path / "half", train)
+        with pytest.raises(UsageError, match="must be above the"):
+            go_on_here(recipe, tmp_path / "half")
 
 
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(tmp_path):
@@ -322,7 +320,7 @@ BAD = {
     "gone": (lambda c: shutil.rmtree(next(c.glob("*/*rng"))), "rng/state.pt is missing"),
     "foreign file": (lambda c: (c / "weights.pt").write_bytes(b"x"), "holds weights.pt, which is no file of a"),
     "before checksums": (lambda c: (c / "SHA256SUMS").unlink(), "was written by an older version, or in part"),
-    "older format": (older_format, "is of format 2, this version reads 3"),
+    "older format": (older_format, "is of format 2, this version reads 4"),
     "foreign": (lambda c: (shutil.rmtree(c), c.mkdir()), "is no checkpoint of this package"),
 }
 
@@ -344,7 +342,7 @@ ODD = [
 def test_a_manifest_with_odd_content_is_one_line_whatever_its_checksum(change, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     reseal(checkpoints(tmp_path / "run")[-1], change)
-    with pytest.raises(common.UsageError, match=r"must hold a whole checkpoint; [^\n]*an older one is whole"):
+    with pytest.raises(UsageError, match=r"must hold a whole checkpoint; [^\n]*an older one is whole"):
         resume.open_run(tmp_path / "run")
 
 
@@ -352,7 +350,7 @@ def test_a_manifest_with_odd_content_is_one_line_whatever_its_checksum(change, f
 def test_a_config_that_cannot_be_read_is_one_line(text, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(common.UsageError, match=r"config\.yaml") as error:
+    with pytest.raises(UsageError, match=r"config\.yaml") as error:
         resume.open_run(tmp_path / "run")
     assert "\n" not in str(error.value)
 
@@ -362,7 +360,7 @@ def test_a_pipe_in_a_checkpoint_does_not_hang(finished, tmp_path):
     state = next(checkpoints(tmp_path / "run")[-1].glob("*/*rng/state.pt"))
     state.unlink()
     os.mkfifo(state)
-    with pytest.raises(common.UsageError, match=r"rng/state\.pt is missing"):
+    with pytest.raises(UsageError, match=r"rng/state\.pt is missing"):
         resume.open_run(tmp_path / "run")
 
 
@@ -380,7 +378,7 @@ def test_a_bad_checkpoint_is_one_line_and_a_whole_older_one_is_offered(damage, w
     older, newest = checkpoints(tmp_path / "run")
     damage(newest)
     before = snapshot(tmp_path)
-    with pytest.raises(common.UsageError, match=why) as error:
+    with pytest.raises(UsageError, match=why) as error:
         resume.open_run(tmp_path / "run")
     line = str(error.value)
     assert "\n" not in line
@@ -394,10 +392,10 @@ def test_a_run_without_a_whole_checkpoint_says_so(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     for checkpoint in checkpoints(tmp_path / "run"):
         truncate(checkpoint / "manifest.json")
-    with pytest.raises(common.UsageError, match="no older one is whole"):
+    with pytest.raises(UsageError, match="no older one is whole"):
         resume.open_run(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(common.UsageError, match="there is no checkpoint yet"):
+    with pytest.raises(UsageError, match="there is no checkpoint yet"):
         resume.open_run(tmp_path / "run")
 
 
@@ -413,7 +411,7 @@ def test_a_run_without_a_whole_checkpoint_says_so(finished, tmp_path):
 def test_a_config_that_does_not_belong_to_the_checkpoint_is_refused(spoil, why, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     spoil(tmp_path / "run")
-    with pytest.raises(common.UsageError, match=re.escape(why)) as error:
+    with pytest.raises(UsageError, match=re.escape(why)) as error:
         resume.open_run(tmp_path / "run")
     assert "\n" not in str(error.value)
 
@@ -441,13 +439,13 @@ def test_bad_resumes_on_the_command_line_leave_everything_as_it_was(finished, tm
 def test_a_run_without_its_replay_buffer_cannot_go_on(tmp_path):
     recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SAC, "checkpoint.replay_buffer=false")
     assert not list((tmp_path / "run").rglob("rows-*"))
-    with pytest.raises(common.UsageError, match="must hold the replay buffer"):
+    with pytest.raises(UsageError, match="must hold the replay buffer"):
         go_on_here(sac_pmoe, tmp_path / "run")
 
 
 def test_a_full_disk_ends_the_run_with_a_line_and_the_last_checkpoint_whole(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write = runs.VerifiedCheckpoint._seal
+    write = VerifiedCheckpoint._seal
     saves = []
 
     def fill(self, root):
@@ -456,9 +454,9 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_last_checkpoint_whole(tmp_
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         return write(self, root)
 
-    monkeypatch.setattr(runs.VerifiedCheckpoint, "_seal", fill)
+    monkeypatch.setattr(VerifiedCheckpoint, "_seal", fill)
     try:
-        with pytest.raises(common.RunError) as error:
+        with pytest.raises(RunError) as error:
             recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SAC)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -519,7 +517,7 @@ def test_a_plain_path_is_not_quoted(monkeypatch, tmp_path):
 def test_a_bad_frame_stops_a_run_that_leaves_bad_updates_out(recipe, what, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     small = [*(SAC if recipe is sac_pmoe else PPO), f"env=recipe_envs:Nan{what}-v0", "total_frames=1000"]
-    with pytest.raises(common.RunError, match="the environment returned a NaN or infinite"):
+    with pytest.raises(RunError, match="the environment returned a NaN or infinite"):
         recipe_runs.run_here(recipe, tmp_path, *HERE, *small, "on_nonfinite=skip", "logger.eval_max_steps=10")
     assert [row["skipped_updates"] for row in recipe_runs.rows(tmp_path)] == ["0"] * len(recipe_runs.rows(tmp_path))
     assert "skipped_frames" not in recipe_runs.rows(tmp_path)[0]

@@ -13,13 +13,18 @@ import recipe_runs
 import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
-from recipe_runs import assert_a_line_and_a_progress_bar, assert_one_line, assert_refused, common, rows, timeless_rows
+from recipe_runs import assert_a_line_and_a_progress_bar, assert_one_line, assert_refused, rows, timeless_rows
 from tensordict import TensorDict
 from torchrl.objectives import SACLoss
 
 from torchrl_pmoe import GatingActor, MCPActor, PMOEActor, PMOESACLoss
+from torchrl_pmoe.envs import EnvironmentFault, make_env
+from torchrl_pmoe.envs.making import make_gym_env
 
 import sac_pmoe  # isort: skip
+from config.sac_pmoe import PARTNERS, combination  # isort: skip
+from parts.errors import UsageError  # isort: skip
+from parts.off_policy import build_replay_buffer  # isort: skip
 
 start = partial(recipe_runs.start, "sac_pmoe")
 resolve = partial(recipe_runs.resolve, sac_pmoe)
@@ -132,7 +137,7 @@ TINY = [
 )  # fmt: skip
 def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys):
     recipe_runs.run_here(sac_pmoe, tmp_path, *TINY, *args)
-    how = sac_pmoe.combination(resolve(*TINY, *args))
+    how = combination(resolve(*TINY, *args))
     assert recipe_runs.about_line(capsys.readouterr().out) == (
         f"Pendulum-v1: policy {line}; critics 738 parameters; {how + '; ' * bool(how)}"
         "1 environment, collector.backend=serial, compile.enabled=false"
@@ -144,14 +149,13 @@ def test_every_rival_runs_and_says_how_large_it_is(args, line, tmp_path, capsys)
     assert (table[-1]["loss_routing"] != "") == (args[0] in ("routing=score_function", "loss.decoupled=true"))
 
 
-SPEC = common.make_env("Pendulum-v1", 0, 1).action_spec_unbatched
+SPEC = make_env("Pendulum-v1").action_spec_unbatched
 
 
 def built(*overrides):
     """What the recipe makes of a config: the actor and the loss."""
     cfg = resolve("env=Pendulum-v1", *overrides)
-    actor = sac_pmoe.build_actor(cfg, SPEC, 3)
-    return actor, sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, SPEC, 3))
+    return sac_pmoe.build_agent(cfg, SPEC, 3)
 
 
 def test_a_policy_and_its_blend_are_those_of_that_name():
@@ -200,12 +204,12 @@ def test_a_routing_brings_what_goes_with_it(overrides, expected):
     if None not in (cfg.backprop, cfg.score):
         actor, loss = built(*overrides)
         assert (loss.routing, loss.backprop, actor[-1].distribution_kwargs["score"]) == expected[1:]
-    said = sac_pmoe.combination(cfg)
+    said = combination(cfg)
     names = zip(("scoring", "routing", "backprop", "score"), expected, strict=True)
     assert said.startswith(" ".join(f"{name}={value}" for name, value in names if value is not None))
 
 
-@pytest.mark.parametrize("partners", sac_pmoe.PARTNERS.items(), ids=lambda found: "-".join(found[0]))
+@pytest.mark.parametrize("partners", PARTNERS.items(), ids=lambda found: "-".join(found[0]))
 def test_a_config_with_the_partners_of_its_routing_written_out_is_the_same(partners):
     (scoring, routing), fills = partners
     given = [f"scoring={scoring}", f"routing={routing}"]
@@ -241,7 +245,7 @@ def test_an_entropy_that_no_policy_reaches_is_refused(policy):
     # the largest is that of uniform actions
     largest = math.log((SPEC.space.high - SPEC.space.low).item())
     assert built(f"policy={policy}", f"optim.target_entropy={largest - 0.1}")[1].target_entropy.item() < largest
-    with pytest.raises(common.UsageError, match=rf"^optim.target_entropy=9.0: must be auto or at most {largest:.4g}, "):
+    with pytest.raises(UsageError, match=rf"^optim.target_entropy=9.0: must be auto or at most {largest:.4g}, "):
         built(f"policy={policy}", "optim.target_entropy=9")
 
 
@@ -256,11 +260,10 @@ def test_gumbel_softmax_reaches_the_distribution_with_its_options():
 
 @pytest.mark.skipif(recipe_runs.HAS_EXTENSION, reason="TorchRL's extension loads")
 def test_prioritised_replay_names_what_it_needs():
-    cfg = resolve("replay_buffer.prb=true")
     with_this = re.escape(torch.__version__)
     line = rf"^replay_buffer\.prb=True: must be false with torch {with_this}, .*torchrl 0.*does not load"
-    with pytest.raises(common.UsageError, match=line):
-        sac_pmoe.build_replay_buffer(cfg)
+    with pytest.raises(UsageError, match=line):
+        build_replay_buffer(10, 2, prioritized=True)
 
 
 def test_batches_default_to_one_step_of_every_environment():
@@ -330,7 +333,7 @@ def test_bad_value_is_named_with_what_is_allowed(override, allowed):
     ],
 )
 def test_combination_that_does_not_exist_is_refused(overrides, key):
-    with pytest.raises(common.UsageError, match=rf"^{re.escape(key)}=.*: must be [^\n]*\Z"):
+    with pytest.raises(UsageError, match=rf"^{re.escape(key)}=.*: must be [^\n]*\Z"):
         resolve(*overrides)
 
 
@@ -350,8 +353,8 @@ def test_unknown_key_is_refused_by_hydra_before_anything_else():
 )
 def test_environment_that_cannot_be_run_is_refused(env, why, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    with pytest.raises(common.UsageError, match=why) as error:
-        common.make_gym(env)
+    with pytest.raises(EnvironmentFault, match=why) as error:
+        make_gym_env(env)
     assert str(error.value).startswith(f"env={env}: must be ")
     assert "\n" not in str(error.value)
 
@@ -371,7 +374,7 @@ def test_bad_input_ends_in_one_line_with_status_2_and_leaves_nothing(args, tmp_p
 @pytest.mark.parametrize("env", ["Walker2d-v4", "HalfCheetah-v4"])
 def test_the_readmes_tasks_can_be_made_in_this_environment(env):
     """Gymnasium's MuJoCo tasks import packages that Gymnasium itself does not require."""
-    common.make_gym(env).close()
+    make_gym_env(env).close()
 
 
 @pytest.mark.parametrize("what", ["Reward", "Observation"])

@@ -9,9 +9,12 @@ from recipe_runs import rows
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-import common  # isort: skip
+from torchrl_pmoe.envs import make_env
+
+import sac_many_seeds  # isort: skip
 import sac_pmoe  # isort: skip
-import seeds  # isort: skip
+from parts.errors import UsageError  # isort: skip
+from parts.training import seed_everything  # isort: skip
 
 TINY = [
     "env=Pendulum-v1",
@@ -26,14 +29,14 @@ TINY = [
 ]
 
 
-def config(*overrides):
-    return recipe_runs.resolve(sac_pmoe, "device=cpu", "logger.progress_bar=false", *TINY, *overrides)
+def config(*overrides, recipe=sac_pmoe):
+    return recipe_runs.resolve(recipe, "device=cpu", "logger.progress_bar=false", *TINY, *overrides)
 
 
 @pytest.mark.parametrize("overrides", [[], ["policy=gaussian"], ["scoring=gradient", "collector.num_envs=2"]])
 def test_every_seed_leaves_the_record_of_a_run_of_its_own(overrides, tmp_path, recwarn):
     (tmp_path / "all").mkdir()
-    seeds.train(config("num_seeds=3", *overrides), tmp_path / "all")
+    sac_many_seeds.train(config("num_seeds=3", *overrides, recipe=sac_many_seeds), tmp_path / "all")
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     (tmp_path / "one").mkdir()
     sac_pmoe.train(config(*overrides), tmp_path / "one")
@@ -51,17 +54,17 @@ def test_every_seed_leaves_the_record_of_a_run_of_its_own(overrides, tmp_path, r
 
 
 def test_agents_and_environments_begin_as_in_runs_of_their_own():
-    cfg = config("num_seeds=3", "collector.num_envs=2")
-    env = seeds.make_env(cfg)
-    agents = seeds.build_agents(cfg, env)
+    cfg = config("num_seeds=3", "collector.num_envs=2", recipe=sac_many_seeds)
+    env = sac_many_seeds.make_envs(cfg)
+    agents = sac_many_seeds.build_agents(cfg, env)
     first = env.reset()["observation"].reshape(3, 2, -1)
-    for index, agent in enumerate(agents):
+    for index, (agent, _) in enumerate(agents):
         own = config(f"seed={4 + index}", "collector.num_envs=2")
-        alone = common.make_env(own.env, own.seed, 2)
+        alone = make_env(own.env, num_envs=2, seed=own.seed)
         torch.testing.assert_close(first[index], alone.reset()["observation"], rtol=0, atol=0)
-        common.seed_everything(own.seed)
-        actor = sac_pmoe.build_actor(own, alone.action_spec_unbatched, 3)
-        for ours, theirs in zip(agent.actor.parameters(), actor.parameters(), strict=True):
+        seed_everything(own.seed)
+        actor, _ = sac_pmoe.build_agent(own, alone.action_spec_unbatched, 3)
+        for ours, theirs in zip(agent.parameters(), actor.parameters(), strict=True):
             assert torch.equal(ours, theirs)
     env.close()
 
@@ -69,9 +72,9 @@ def test_agents_and_environments_begin_as_in_runs_of_their_own():
 def test_every_agent_reads_its_own_frames_each_drawn_for_itself():
     number, envs, steps, size = 3, 2, 50, 4000
     buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(number * envs * steps), sampler=seeds.SeedSampler(number), batch_size=size
+        storage=LazyTensorStorage(number * envs * steps), sampler=sac_many_seeds.SeedSampler(number), batch_size=size
     )
-    replay = seeds.SeedReplay(buffer, number, device=None)
+    replay = sac_many_seeds.SeedReplay(buffer, number, device=None)
     step = torch.arange(steps).expand(number * envs, steps)
     row = torch.arange(number * envs).unsqueeze(-1).expand(number * envs, steps)
     # twice: the second fills the places of the first
@@ -102,6 +105,6 @@ def test_every_agent_reads_its_own_frames_each_drawn_for_itself():
 )
 def test_what_several_seeds_cannot_have_is_refused(override, allowed):
     key, value = override.split("=", 1)
-    with pytest.raises(common.UsageError) as error:
-        config("num_seeds=2", override)
+    with pytest.raises(UsageError) as error:
+        config("num_seeds=2", override, recipe=sac_many_seeds)
     assert str(error.value).startswith(f"{key}={value}: must be {allowed}")

@@ -9,12 +9,15 @@ import pytest
 import recipe_runs
 from gymnasium.spaces import Box, Dict
 
-import common  # isort: skip
+from torchrl_pmoe.envs import EnvironmentFault, making
+
 import dac  # isort: skip
 import ppo_pmoe  # isort: skip
-import process  # isort: skip
+import sac_many_seeds  # isort: skip
 import sac_pmoe  # isort: skip
-import seeds  # isort: skip
+from parts import process  # isort: skip
+from parts.errors import RunError  # isort: skip
+from parts.launch import usage_line  # isort: skip
 
 SAC = [
     "total_frames=40",
@@ -40,7 +43,7 @@ FAULTS = {
 RECIPES = [
     (sac_pmoe.train, sac_pmoe, SAC),
     (sac_pmoe.train, sac_pmoe, [*SAC, "collector.backend=parallel", "collector.num_envs=2"]),
-    (seeds.train, sac_pmoe, [*SAC, "num_seeds=2"]),
+    (sac_many_seeds.train, sac_many_seeds, [*SAC, "num_seeds=2"]),
     (ppo_pmoe.train, ppo_pmoe, PPO),
     (dac.train, dac, PPO),
 ]
@@ -49,7 +52,7 @@ RECIPES = [
 @pytest.fixture(autouse=True)
 def _odd(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setattr(common, "_TRIED", set())
+    monkeypatch.setattr(making, "_TRIED", set())
     monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
 
 
@@ -57,9 +60,9 @@ def _odd(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("train", "recipe", "small"), RECIPES, ids=["sac", "parallel", "seeds", "ppo", "dac"])
 def test_a_fault_of_the_environment_is_told_before_any_work(train, recipe, small, fault, tmp_path):
     cfg = recipe_runs.resolve(recipe, "device=cpu", *small, ENV, f"+env_kwargs.fault={fault}")
-    with pytest.raises(common.UsageError) as error:
+    with pytest.raises(EnvironmentFault) as error:
         train(cfg, tmp_path / "run")
-    line = str(error.value)
+    line = usage_line(error.value)
     assert line.startswith(CAN + FAULTS[fault]), line
     assert "\n" not in line
     assert not (tmp_path / "run").exists()
@@ -78,15 +81,15 @@ def test_a_fault_of_the_environment_is_told_before_any_work(train, recipe, small
     ids=["unknown", "refused"],
 )  # fmt: skip
 def test_arguments_are_blamed_and_not_the_id(kwargs, reason):
-    with pytest.raises(common.UsageError) as error:
-        common.make_gym("recipe_envs:Odd-v0", kwargs)
+    with pytest.raises(EnvironmentFault) as error:
+        making.make_gym_env("recipe_envs:Odd-v0", kwargs)
     assert str(error.value).startswith(f"env_kwargs={kwargs}: must be arguments of recipe_envs:Odd-v0 ({reason}")
 
 
 @pytest.mark.parametrize("name", ["nomodule:Env-v0", "recipe_envs:Nobody-v0", "Pendulum-v9", "json:Env-v0"])
 def test_an_id_that_is_not_there_is_blamed_whatever_the_arguments(name):
-    with pytest.raises(common.UsageError) as error:
-        common.make_gym(name, {"nope": 1})
+    with pytest.raises(EnvironmentFault) as error:
+        making.make_gym_env(name, {"nope": 1})
     assert str(error.value).startswith(f"env={name}: must be the id of an installed Gymnasium environment (")
 
 
@@ -103,8 +106,8 @@ def test_observations_that_a_wrapper_would_mend_are_refused_by_its_name(space, w
 
     gym.register("Other-v0", entry_point=Other)
     try:
-        with pytest.raises(common.UsageError, match=rf"^env=Other-v0: must be .*\(gymnasium\.wrappers\.{wrapper}\)"):
-            common.make_gym("Other-v0")
+        with pytest.raises(EnvironmentFault, match=rf"^env=Other-v0: must be .*\(gymnasium\.wrappers\.{wrapper}\)"):
+            making.make_gym_env("Other-v0")
     finally:
         del gym.registry["Other-v0"]
 
@@ -120,7 +123,7 @@ def test_observations_and_actions_of_any_floating_point_type_train(recipe, small
 def test_what_an_environment_raises_in_a_process_of_its_own_is_told_in_one_line(tmp_path, capfd):
     where = ["env=recipe_envs:Breaks-v0", "collector.backend=parallel", "collector.num_envs=2"]
     frames = ["total_frames=1000", "collector.init_random_frames=900", "checkpoint.interval=200"]
-    with pytest.raises(common.RunError) as error:
+    with pytest.raises(RunError) as error:
         recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SAC, *where, *frames, "logger.eval_interval=1000")
     assert str(error.value).startswith("frame 660: ValueError: the hinge broke: no more steps (the traceback is in ")
     assert "checkpoint-000000000600 is whole" in str(error.value)

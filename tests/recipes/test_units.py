@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import recipe_runs
 
-import common  # isort: skip
+from torchrl_pmoe.envs import EnvironmentFault, make_env
+from torchrl_pmoe.envs.making import make_gym_env
+
 import dac  # isort: skip
 import evaluate  # isort: skip
 import ppo_pmoe  # isort: skip
 import sac_pmoe  # isort: skip
-import seeds  # isort: skip
+import sac_many_seeds  # isort: skip
+from parts.errors import UsageError  # isort: skip
 import target_reaching  # isort: skip
 
 POINT = ["env=recipe_envs:Point-v0", "seed=3", "logger.eval_episodes=2", "compile.enabled=false"]
@@ -38,9 +41,8 @@ def _point(monkeypatch):
 
 def record(recipe, run, half, overrides):
     """What a run records of its training, and what a loaded policy does afterwards."""
-    several = "num_seeds=2" in overrides
-    train = seeds.train if several else recipe.train
-    train(
+    several = recipe is sac_many_seeds
+    recipe.train(
         recipe_runs.resolve(recipe, "device=cpu", "logger.progress_bar=false", *overrides, f"+env_kwargs.half={half}"),
         run,
     )
@@ -62,7 +64,7 @@ def record(recipe, run, half, overrides):
         (sac_pmoe, SMALL_SAC),
         (sac_pmoe, [*SMALL_SAC, "policy=gaussian", "collector.num_envs=2"]),
         (sac_pmoe, [*SMALL_SAC, "acting=best_of_experts"]),
-        (sac_pmoe, [*SMALL_SAC, "num_seeds=2"]),
+        (sac_many_seeds, [*SMALL_SAC, "num_seeds=2"]),
         (ppo_pmoe, [*SMALL_PPO, "scoring=critic"]),
         (ppo_pmoe, [*SMALL_PPO, "actions=bounded", "policy=gating"]),
         (ppo_pmoe, [*SMALL_PPO, "collector.backend=parallel", "collector.num_envs=2"]),
@@ -71,7 +73,7 @@ def record(recipe, run, half, overrides):
     ids=lambda given: given.__name__ if not isinstance(given, list) else given[-1],
 )
 def test_a_run_is_the_same_whatever_the_bounds_of_the_action(recipe, overrides, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "draw", lambda cfg, episode, path: None)
+    monkeypatch.setattr(evaluate, "draw", lambda env, policy, episode, path: None)
     # powers of two: not even the rounding differs
     unit, narrow = (record(recipe, tmp_path / str(half), half, overrides) for half in (1.0, 0.0625))
     assert narrow == unit
@@ -82,10 +84,9 @@ def test_a_run_is_the_same_whatever_the_bounds_of_the_action(recipe, overrides, 
 @pytest.mark.parametrize("overrides", [[], ["scoring=gradient"], ["policy=gaussian"], ["policy=mcp"]], ids=str)
 def test_the_automatic_target_entropy_is_minus_the_size_of_the_action(env, overrides):
     cfg = recipe_runs.resolve(sac_pmoe, f"env={env}", "device=cpu", *overrides)
-    made = common.make_env(env, 0)
+    made = make_env(env)
     spec, size = made.action_spec_unbatched, made.observation_spec["observation"].shape[-1]
-    actor = sac_pmoe.build_actor(cfg, spec, size)
-    loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, size))
+    _, loss = sac_pmoe.build_agent(cfg, spec, size)
     assert loss.target_entropy.item() == -spec.shape[-1]
 
 
@@ -94,10 +95,10 @@ def test_a_target_entropy_that_no_policy_reaches_is_refused(tmp_path):
     reached = [*SMALL_SAC, "total_frames=20", f"optim.target_entropy={uniform - 0.01}", "+env_kwargs.half=0.05"]
     recipe_runs.run_here(sac_pmoe, tmp_path / "reached", *reached)
     line = rf"optim\.target_entropy=1\.4: must be auto or at most {uniform:.4g}"
-    with pytest.raises(common.UsageError, match=line):
-        recipe_runs.run_here(sac_pmoe, tmp_path / "not", *SMALL_SAC, "optim.target_entropy=1.4", "num_seeds=2")
-    with pytest.raises(common.UsageError, match=line):
-        recipe_runs.resolve(target_reaching, "optim.target_entropy=1.4")
+    with pytest.raises(UsageError, match=line):
+        recipe_runs.run_here(sac_many_seeds, tmp_path / "not", *SMALL_SAC, "optim.target_entropy=1.4", "num_seeds=2")
+    with pytest.raises(UsageError, match=line):
+        target_reaching.experiment(recipe_runs.composed(target_reaching, "optim.target_entropy=1.4"), tmp_path / "not")
     assert not (tmp_path / "not").exists()
 
 
@@ -112,7 +113,7 @@ def test_a_target_entropy_that_no_policy_reaches_is_refused(tmp_path):
     ids=["equal", "nearly equal", "infinite", "too wide"],
 )
 def test_bounds_that_cannot_be_scaled_are_refused_in_one_line(kwargs, why):
-    with pytest.raises(common.UsageError) as error:
-        common.make_gym("recipe_envs:Point-v0", kwargs)
+    with pytest.raises(EnvironmentFault) as error:
+        make_gym_env("recipe_envs:Point-v0", kwargs)
     assert str(error.value).startswith(f"env=recipe_envs:Point-v0: must be {why}")
     assert "\n" not in str(error.value)

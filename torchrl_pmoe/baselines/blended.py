@@ -1,8 +1,8 @@
-"""The mixtures that PMOE is compared with: they blend the experts into one Gaussian before the tanh."""
+"""Policies that PMOE is compared with, whose experts are blended into one Gaussian before the tanh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabilisticModule, TanhNormal
 
-from torchrl_pmoe.distributions.routing import wide
+from torchrl_pmoe.distributions.routing import upcast
 from torchrl_pmoe.modules.actors import ExpertsActor
-from torchrl_pmoe.modules.networks import expert_chain
+from torchrl_pmoe.modules.networks import ExpertOptions, expert_chain, pop_expert_options
 from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
 
 __all__ = ["Blend", "GatingActor", "MCPActor", "Product"]
@@ -42,8 +42,8 @@ class Blend(nn.Module):
 
     def forward(self, logits: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Loc and scale ``[*B, A]`` of the blend of ``K`` experts, ``[*B, K, A]``."""
-        share = logits.softmax(-1).unsqueeze(-1)
-        blended = (share * loc).sum(-2)
+        share = logits.softmax(-1).unsqueeze(-1)  # [*B, K, 1]
+        blended = (share * loc).sum(-2)  # [*B, A]
         if self.blend == "parameters":
             return blended, (share * scale).sum(-2)
         return blended, torch.linalg.vector_norm(share * scale, dim=-2)
@@ -58,9 +58,9 @@ class Product(nn.Module):
 
     def forward(self, logits: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Loc and scale ``[*B, A]`` of the product of ``K`` experts, ``[*B, K, A]``."""
-        log_gate = F.logsigmoid(wide(logits)) if logits.shape[-1] > 1 else torch.zeros_like(wide(logits))
-        # in logarithms, because a small scale squared underflows; wide, because they cost digits
-        log_precision = log_gate.unsqueeze(-1) - 2.0 * wide(scale).log()
+        log_gate = F.logsigmoid(upcast(logits)) if logits.shape[-1] > 1 else torch.zeros_like(upcast(logits))
+        # in logarithms, because a small scale squared underflows; in float32, because logarithms cost digits
+        log_precision = log_gate.unsqueeze(-1) - 2.0 * upcast(scale).log()  # [*B, K, A]
         blended = (log_precision.softmax(-2) * loc).sum(-2)
         return blended.to(loc.dtype), (-0.5 * log_precision.logsumexp(-2)).exp().to(scale.dtype)
 
@@ -80,13 +80,7 @@ class _BlendedActor(ExpertsActor):
         param_keys: Sequence[NestedKey] = ("loc", "scale"),
         network: nn.Module | None = None,
         num_cells: Sequence[int] = (256, 256),
-        activation_class: type[nn.Module] = nn.ReLU,
         router: Literal["detached", "shared", "separate"] | nn.Module | None = None,
-        state_dependent_scale: bool = True,
-        scale_mapping: str | Callable[[Tensor], Tensor] | None = None,
-        scale_lb: float = 0.0,
-        head_init: float = 1e-3,
-        loc_spread: float = 0.0,
         distribution_class: type[TanhNormal | IndependentNormal] = TanhNormal,
         distribution_kwargs: dict[str, Any] | None = None,
         default_interaction_type: InteractionType = InteractionType.RANDOM,
@@ -94,7 +88,9 @@ class _BlendedActor(ExpertsActor):
         **kwargs: Any,
     ) -> None:
         owner = type(self).__name__
-        refuse_unknown(type(self), kwargs, _BlendedActor, ProbabilisticActor, SafeProbabilisticModule)
+        takers = (_BlendedActor, ExpertOptions, ProbabilisticActor, SafeProbabilisticModule)
+        refuse_unknown(type(self), kwargs, *takers, without=["floor"])  # a floor is for a router that draws
+        options = pop_expert_options(kwargs)
         if isinstance(in_keys, str):
             in_keys = [in_keys]
         if isinstance(out_keys, str):
@@ -115,17 +111,11 @@ class _BlendedActor(ExpertsActor):
             num_experts,
             leaf.shape[-1],
             network=network,
-            in_features=in_features,
-            num_cells=num_cells,
-            activation_class=activation_class,
             router=router,
             default_router="shared",
-            state_dependent_scale=state_dependent_scale,
-            scale_mapping=scale_mapping,
-            scale_lb=scale_lb,
-            head_init=head_init,
-            floor=0.0,
-            loc_spread=loc_spread,
+            options=options,
+            in_features=in_features,
+            num_cells=num_cells,
             device=device,
         )
         chain.append(composition)
@@ -147,8 +137,8 @@ class _BlendedActor(ExpertsActor):
 class GatingActor(_BlendedActor):
     """Actor whose router blends the experts into one Gaussian: the gating operation that PMOE is compared with.
 
-    Writes ``loc`` and ``scale`` ``[*B, A]`` and ``action`` ``[*B, A]``; it is unimodal, and any loss for a TorchRL
-    Gaussian actor trains it.
+    Writes ``loc``, ``scale`` and ``action``, ``[*B, A]`` each. The policy has one mode, and any loss for one of
+    TorchRL's Gaussian actors trains it.
 
     Args:
         num_experts: ``K``; one is the plain Gaussian.
@@ -183,7 +173,7 @@ class GatingActor(_BlendedActor):
 class MCPActor(_BlendedActor):
     """Actor whose policy is the product of gated experts (multiplicative compositional policy, Peng et al. 2019).
 
-    Writes ``loc`` and ``scale`` ``[*B, A]`` and ``action`` ``[*B, A]``, as :class:`GatingActor`.
+    Writes ``loc``, ``scale`` and ``action``, ``[*B, A]`` each, as :class:`GatingActor` does.
 
     Args:
         num_experts: ``K``; one is the plain Gaussian.

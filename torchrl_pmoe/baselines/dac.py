@@ -1,4 +1,4 @@
-"""PPO over options: the double actor-critic, two policies that see one stream of rewards."""
+"""PPO over options: the double actor-critic, two levels of a policy that get the same rewards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchrl.modules.distributions.utils import has_analytic_entropy
 from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import _clip_value_loss, distance_loss
 
-from torchrl_pmoe.baselines.double_gae import KEYS_OF_THE_ACTOR, DoubleGAE, Keys, entry, option_value_of
+from torchrl_pmoe.baselines.double_gae import ACTOR_KEYS, DoubleGAE, DoubleGAEKeys, option_values, required_entry
 from torchrl_pmoe.baselines.options import OptionActor
 
 __all__ = ["DACLoss"]
@@ -24,12 +24,13 @@ __all__ = ["DACLoss"]
 class DACLoss(LossModule):
     """Clipped PPO on both levels of an option policy (DAC, Zhang and Whiteson, NeurIPS 2019, arXiv 1904.12691).
 
-    The high level's state is ``(o', s)``, the option before and the state, its action the option ``o``, drawn from
-    ``pi^H(o | o', s)``; the low level's state is ``(o, s)``, its action ``a``, drawn from ``pi_o(a | s)``. Each has a
-    clipped surrogate with its own ratio and its own advantage, and both advantages come from one critic ``q(s, o)``,
-    fitted to the low level's returns (see :class:`DoubleGAE`). ``v^H`` is met in the advantages alone, so no gradient
-    of the critic reaches master policy or terminations. With one option there is no high level: its objective and
-    entropy are zero, and the rest is :class:`~torchrl.objectives.ClipPPOLoss`.
+    The high level's state is ``(o', s)``, the option of the step before and the state; its action is the option ``o``,
+    drawn from ``pi^H(o | o', s)``. The low level's state is ``(o, s)``; its action is ``a``, drawn from
+    ``pi_o(a | s)``. Each level has a clipped surrogate with its own ratio and its own advantage. Both advantages come
+    from one critic ``q(s, o)``, which is fitted to the low level's returns (see :class:`DoubleGAE`). ``v^H`` stands in
+    the advantages alone, so the critic's gradient reaches neither the master policy nor the terminations. With one
+    option there is no high level: its objective and entropy are zero, and the rest is
+    :class:`~torchrl.objectives.ClipPPOLoss`.
 
     Args:
         actor_network: the policy over options.
@@ -41,15 +42,16 @@ class DACLoss(LossModule):
         high_entropy_coeff: factor on the entropy of ``pi^H``.
         critic_coeff: factor on ``loss_critic``.
         loss_critic_type: ``"l1"``, ``"l2"`` or ``"smooth_l1"``.
-        normalize_advantage: standardise the advantages over the batch, each level's by itself.
+        normalize_advantage: standardise each level's advantages over the batch.
         clip_value: how far the value may move from the stored one; ``True`` for ``clip_epsilon``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Returns (on a call): ``loss_objective_high``, ``loss_objective_low``, ``loss_entropy`` and ``loss_critic``
     (coefficients included), and the diagnostics ``entropy`` and ``entropy_high``; ``clip_fraction``, ``kl_approx`` and
     ``ESS`` of the low level and ``clip_fraction_high``, ``kl_approx_high`` and ``ESS_high`` of the high one;
-    ``explained_variance``; ``termination_prob``, the mean probability that the option before ends, first steps left
-    out; ``option_usage`` ``[K]``, the share of steps in each option; with ``clip_value`` also ``value_clip_fraction``.
+    ``explained_variance``; ``termination_prob``, the mean probability that the option of the step before ends, without
+    the first steps of episodes; ``option_usage`` ``[K]``, the share of steps in each option; with ``clip_value`` also
+    ``value_clip_fraction``.
     With ``reduction="none"`` the losses are ``[*B]``.
 
     Raises:
@@ -63,8 +65,8 @@ class DACLoss(LossModule):
     """
 
     @dataclass
-    class _AcceptedKeys(Keys):
-        """Keys of advantages and values, and those of what was done; the actor's keys are the defaults."""
+    class _AcceptedKeys(DoubleGAEKeys):
+        """Keys of advantages and values, and of what the actor did; the defaults are the actor's own."""
 
         option_log_prob: NestedKey = "option_log_prob"
         action: NestedKey = "action"
@@ -131,11 +133,11 @@ class DACLoss(LossModule):
         self.loss_critic_type = loss_critic_type
         self.normalize_advantage = normalize_advantage
         self.reduction = reduction
-        self.set_keys(**{key: getattr(actor_network, name) for key, name in KEYS_OF_THE_ACTOR.items()})
+        self.set_keys(**{key: getattr(actor_network, name) for key, name in ACTOR_KEYS.items()})
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         if self._value_estimator is not None:
-            self._value_estimator.set_keys(**{key: getattr(self.tensor_keys, key) for key in Keys().__dict__})
+            self._value_estimator.set_keys(**{key: getattr(self.tensor_keys, key) for key in DoubleGAEKeys().__dict__})
         self._in_keys = None
 
     @property
@@ -154,7 +156,7 @@ class DACLoss(LossModule):
                 keys.action_log_prob,
             ]
             following = [*networks, keys.reward, keys.done, keys.terminated]
-            # a dict keeps the order and drops what comes twice
+            # a dict keeps the order and drops keys that come twice
             found = dict.fromkeys(map(unravel_key, [*root, *(("next", key) for key in following)]))
             self._in_keys = list(found)
         return self._in_keys
@@ -192,7 +194,7 @@ class DACLoss(LossModule):
         """Choose how a batch without advantages gets them.
 
         Args:
-            value_type: ``ValueEstimators.GAE``, which stands for a :class:`DoubleGAE`, or one that is ready.
+            value_type: ``ValueEstimators.GAE``, which makes a :class:`DoubleGAE`, or one that you have made.
             **hyperparams: ``gamma`` (0.99) and ``lmbda`` (0.95).
 
         Raises:
@@ -221,15 +223,15 @@ class DACLoss(LossModule):
             return self.value_estimator(tensordict)
 
     def _surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> dict[str, Tensor]:
-        """Clipped objective ``[*B, 1]`` of one level and what is told of it; the densities are ``[*B]``."""
+        """Clipped objective ``[*B, 1]`` of one level and its diagnostics, from log-densities ``[*B]``."""
         if old_log_prob.requires_grad:
             raise RuntimeError(f"{type(self).__name__}: the stored log-densities require grad.")
-        log_weight = (log_prob - old_log_prob.reshape(log_prob.shape)).unsqueeze(-1)
+        log_weight = (log_prob - old_log_prob.reshape(log_prob.shape)).unsqueeze(-1)  # [*B, 1], as the advantage
         if self.normalize_advantage and advantage.numel() > 1:
             advantage = _standardize(advantage, ())
         clipped = log_weight.clamp((-self.clip_epsilon).log1p(), self.clip_epsilon.log1p())
         gain = torch.minimum(log_weight.exp() * advantage, clipped.exp() * advantage)
-        flat = log_weight.detach().flatten()
+        flat = log_weight.detach().flatten()  # [B]
         return {
             "loss_objective": -gain,
             "clip_fraction": (clipped != log_weight).to(flat.dtype).mean(),
@@ -255,7 +257,7 @@ class DACLoss(LossModule):
             variance.
 
         Raises:
-            KeyError: if the value target is missing or, with ``clip_value``, the stored values are.
+            KeyError: if the value target is missing, or with ``clip_value`` the stored values.
         """
         keys = self.tensor_keys
         needed = [keys.value_target, *([keys.value] if self.clip_value is not None else [])]
@@ -263,10 +265,10 @@ class DACLoss(LossModule):
         for key, found in zip(needed, (target, *old), strict=True):
             if found is None:
                 raise KeyError(f"{type(self).__name__}: there is no {key!r} in the input.")
-        option = entry(type(self).__name__, tensordict, keys.option)
+        option = required_entry(type(self).__name__, tensordict, keys.option)
         with self.critic_network_params.to_module(self.critic_network, preserve_module_state=False):
-            values = option_value_of(self.critic_network, tensordict, keys.value, self.actor_network.num_options)
-        value = values.take_along_dim(option, -1)
+            values = option_values(self.critic_network, tensordict, keys.value, self.actor_network.num_options)
+        value = values.take_along_dim(option, -1)  # [*B, K] to [*B, 1]
         loss = distance_loss(target, value, loss_function=self.loss_critic_type)
         clip_fraction = None
         if old:
@@ -290,7 +292,7 @@ class DACLoss(LossModule):
         tensordict = self._with_advantages(tensordict.clone(False))
         name = type(self).__name__
         previous, is_init, option = (
-            entry(name, tensordict, key) for key in (keys.previous_option, keys.is_init, keys.option)
+            required_entry(name, tensordict, key) for key in (keys.previous_option, keys.is_init, keys.option)
         )
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             policy = self.actor_network.get_policy(tensordict)
@@ -309,7 +311,7 @@ class DACLoss(LossModule):
             tensordict.get(keys.advantage_high),
         )
         entropy_high = self._entropy(high_dist)
-        if self.actor_network.num_options == 1:  # nothing to choose
+        if self.actor_network.num_options == 1:  # there is nothing to choose
             entropy_high = torch.zeros_like(entropy_high.detach())
             high["loss_objective"] = entropy_high
         loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict)
@@ -326,8 +328,8 @@ class DACLoss(LossModule):
             out.set("value_clip_fraction", value_clip_fraction)
         with torch.no_grad():
             ends = policy.termination_prob.take_along_dim(previous, -1)
-            going_on = ~is_init
-            out.set("termination_prob", (ends * going_on).sum() / going_on.sum().clamp_min(1))
+            has_previous = ~is_init
+            out.set("termination_prob", (ends * has_previous).sum() / has_previous.sum().clamp_min(1))
             taken = nn.functional.one_hot(option.flatten(), self.actor_network.num_options)
             out.set("option_usage", taken.to(ends.dtype).mean(0))
         out = out.named_apply(

@@ -1,8 +1,8 @@
-"""Actors that follow an option until it ends: call-and-return with a master policy and terminations."""
+"""Actors over options: a master policy picks an option, which acts until its termination ends it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from torchrl.modules import IndependentNormal, TanhNormal
 
 from torchrl_pmoe.distributions import NormalMixture, TanhNormalMixture
 from torchrl_pmoe.modules.heads import ClampedExp
-from torchrl_pmoe.modules.networks import ExpertNetwork, expert_network
-from torchrl_pmoe.modules.specs import box_of_floats, try_distribution, with_bounds
+from torchrl_pmoe.modules.networks import ExpertNetwork, ExpertOptions, expert_network, pop_expert_options
+from torchrl_pmoe.modules.specs import box_of_floats, refuse_unknown, try_distribution, with_bounds
 
 __all__ = ["OptionActor", "OptionPolicy"]
 
@@ -31,8 +31,8 @@ def _log_prob_key(key: NestedKey) -> NestedKey:
     return unravel_key((*parents, f"{name}_log_prob"))
 
 
-def _taken(values: Tensor, option: Tensor) -> Tensor:
-    """Entry of ``values`` ``[*B, K, ...]`` that belongs to each option ``[*B, 1]``, ``[*B, ...]``."""
+def _of_option(values: Tensor, option: Tensor) -> Tensor:
+    """From ``values`` ``[*B, K, ...]`` those of one option ``[*B, 1]`` per state, ``[*B, ...]``."""
     index = option.reshape(*option.shape, *[1] * (values.ndim - option.ndim))
     return values.take_along_dim(index, option.ndim - 1).squeeze(option.ndim - 1)
 
@@ -74,20 +74,20 @@ class OptionPolicy:
 
         Args:
             previous_option: ``o'``, ``[*B, 1]`` or ``[*B]``; ignored where an episode begins.
-            is_init: whether one does, ``[*B, 1]`` or ``[*B]``; unset, nowhere.
+            is_init: whether an episode begins, ``[*B, 1]`` or ``[*B]``; unset, none does.
 
         Returns:
             ``[*B, K]``.
         """
         master = self.master_log_prob
         previous_option = previous_option.reshape(*master.shape[:-1], 1)
-        ends = self.termination_logits.take_along_dim(previous_option, -1)
-        same = one_hot(previous_option.squeeze(-1), master.shape[-1]).bool()
+        ends = self.termination_logits.take_along_dim(previous_option, -1)  # logit of beta_o'(s), [*B, 1]
+        same = one_hot(previous_option.squeeze(-1), master.shape[-1]).bool()  # [*B, K]
         stays = torch.where(same, logsigmoid(-ends), -torch.inf)
-        found = torch.logaddexp(stays, logsigmoid(ends) + master)
+        log_prob = torch.logaddexp(stays, logsigmoid(ends) + master)
         if is_init is None:
-            return found
-        return torch.where(is_init.reshape(*master.shape[:-1], 1), master, found)
+            return log_prob
+        return torch.where(is_init.reshape(*master.shape[:-1], 1), master, log_prob)
 
     def dist_high(self, previous_option: Tensor, is_init: Tensor | None = None) -> torch.distributions.Categorical:
         """The high level's distribution over options, with the arguments of :meth:`option_log_prob`."""
@@ -96,10 +96,12 @@ class OptionPolicy:
     def dist_low(self, option: Tensor) -> IndependentNormal | TanhNormal:
         """The low level's ``pi^L(a | o, s) = pi_o(a | s)`` for options ``[*B, 1]`` or ``[*B]``."""
         option = option.reshape(*self.logits.shape[:-1], 1)
-        return self.distribution_class(_taken(self.loc, option), _taken(self.scale, option), **self.distribution_kwargs)
+        return self.distribution_class(
+            _of_option(self.loc, option), _of_option(self.scale, option), **self.distribution_kwargs
+        )
 
     def dist(self, previous_option: Tensor, is_init: Tensor | None = None) -> NormalMixture:
-        """The action's distribution when the option is not looked at: a mixture with the weights ``pi^H``."""
+        """The action's distribution over all options: a mixture with the weights ``pi^H``."""
         logits = self.option_log_prob(previous_option, is_init)
         if issubclass(self.distribution_class, TanhNormal):
             bounds = {name: self.distribution_kwargs[name] for name in ("low", "high")}
@@ -110,16 +112,16 @@ class OptionPolicy:
 class OptionActor(TensorDictModuleBase):
     """Actor over ``K`` options: Gaussians, a termination each, and a master policy that picks the next one.
 
-    The policy of the option framework as the two levels of DAC (Zhang and Whiteson, *DAC: The Double Actor-Critic
-    Architecture for Learning Options*, arXiv 1904.12691): in every step the high level draws an option from
-    ``pi^H(o | o', s) = (1 - beta_o'(s)) 1[o = o'] + beta_o'(s) pi(o | s)``, where an episode begins from ``pi(o | s)``,
-    and the low level an action from ``pi_o(a | s)``.
+    The policy of the option framework, as the two levels of DAC (Zhang and Whiteson, *DAC: The Double Actor-Critic
+    Architecture for Learning Options*, arXiv 1904.12691). In every step the high level draws an option from
+    ``pi^H(o | o', s) = (1 - beta_o'(s)) 1[o = o'] + beta_o'(s) pi(o | s)``, or from ``pi(o | s)`` where an episode
+    begins. Then the low level draws an action from ``pi_o(a | s)``.
 
     Reads what the network reads, ``is_init`` and ``previous_option``. Writes ``option`` and ``("next",
     "previous_option")``, both int64 ``[*B, 1]``, ``action`` ``[*B, A]`` and the log-densities ``option_log_prob`` and
-    ``action_log_prob`` ``[*B]``, the latter of the action as stored. The environment carries the option to the next
-    step, across the batches of a collector too, if it has an :class:`~torchrl.envs.InitTracker` and what
-    :meth:`make_tensordict_primer` makes.
+    ``action_log_prob`` ``[*B]``, the latter of the action as stored. The environment must carry the option to the next
+    step: give it an :class:`~torchrl.envs.InitTracker` and the transform of :meth:`make_tensordict_primer`. The option
+    then lasts across the batches of a collector too.
 
     Exploration types other than ``RANDOM`` take the most probable option of ``pi^H`` and the centre of its Gaussian.
 
@@ -133,22 +135,21 @@ class OptionActor(TensorDictModuleBase):
         network: any module that ends in ``K (2A + 2)`` features, in place of the built-in MLP: ``K`` master logits,
             ``K`` termination logits, ``K A`` locs and ``K A`` values for the scale, the last two option by option.
         num_cells: hidden layers of the built-in MLP, a trunk that the options share.
-        activation_class: of the built-in MLP.
         router: what master policy and terminations read: ``"separate"`` for an MLP of their own, ``"shared"`` features
             of the trunk, ``"detached"`` without their gradient, or a module from the inputs to ``2K`` logits.
-        state_dependent_scale: ``False`` for one learned scale per option and dimension.
-        scale_mapping: positive map for the scale, a name or a callable.
-        head_init: the heads of the built-in network start uniform in ``[-head_init, head_init]``.
         distribution_class: ``TanhNormal`` or ``IndependentNormal``, TorchRL's.
         distribution_kwargs: options of the distribution.
         action_key: where the action goes.
         option_key: where the option goes.
-        previous_option_key: where the option of the step before is.
-        is_init_key: where it says that an episode begins.
+        previous_option_key: where the option of the step before is read.
+        is_init_key: where the mark of an episode's first step is read.
         default_interaction_type: used where no ``set_exploration_type`` says otherwise.
         device: of the built-in network.
+        **kwargs: ``activation_class`` (``nn.Tanh``), ``state_dependent_scale`` (``False``), ``scale_mapping`` and
+            ``head_init``; see :class:`~torchrl_pmoe.modules.ExpertOptions`.
 
     Raises:
+        TypeError: for an unknown option.
         ValueError: for fewer than one option, a spec that is not a box of floats, a bounded distribution over
             unbounded actions, or an unknown option.
         KeyError: on a call, where the option of the step before or the mark of a first step is missing.
@@ -170,11 +171,7 @@ class OptionActor(TensorDictModuleBase):
         in_keys: Sequence[NestedKey] = ("observation",),
         network: nn.Module | None = None,
         num_cells: Sequence[int] = (64, 64),
-        activation_class: type[nn.Module] = nn.Tanh,
         router: Literal["detached", "shared", "separate"] | nn.Module = "separate",
-        state_dependent_scale: bool = False,
-        scale_mapping: str | Callable[[Tensor], Tensor] | None = None,
-        head_init: float = 1e-3,
         distribution_class: type[IndependentNormal | TanhNormal] = TanhNormal,
         distribution_kwargs: Mapping[str, Any] | None = None,
         action_key: NestedKey = "action",
@@ -183,8 +180,11 @@ class OptionActor(TensorDictModuleBase):
         is_init_key: NestedKey = "is_init",
         default_interaction_type: InteractionType = InteractionType.RANDOM,
         device: torch.device | str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(OptionActor, kwargs, ExpertOptions, without=["scale_lb", "loc_spread", "floor"])
+        options = pop_expert_options(kwargs, activation_class=nn.Tanh, state_dependent_scale=False)
         if isinstance(num_options, bool) or not isinstance(num_options, int) or num_options < 1:
             raise ValueError(f"OptionActor: num_options={num_options!r} must be an integer of at least 1.")
         spec = box_of_floats("OptionActor", spec if device is None else spec.to(device))
@@ -192,12 +192,12 @@ class OptionActor(TensorDictModuleBase):
         if not (isinstance(distribution_class, type) and issubclass(distribution_class, kinds)):
             name = getattr(distribution_class, "__name__", repr(distribution_class))
             raise ValueError(f"OptionActor: distribution_class must be TanhNormal or IndependentNormal, got {name}.")
-        kwargs: Mapping[str, Any] = distribution_kwargs or {}
+        bounds: Mapping[str, Any] = distribution_kwargs or {}
         if issubclass(distribution_class, TanhNormal):
-            kwargs = with_bounds("OptionActor", spec, kwargs, bounded="TanhNormal", unbounded="IndependentNormal")
-        if kwargs.get("tanh_loc"):
+            bounds = with_bounds("OptionActor", spec, bounds, bounded="TanhNormal", unbounded="IndependentNormal")
+        if bounds.get("tanh_loc"):
             raise ValueError("OptionActor: tanh_loc=True is not supported: the mixture of the options has no such loc.")
-        try_distribution("OptionActor", distribution_class, kwargs, loc=spec.zero(), scale=spec.zero() + 1)
+        try_distribution("OptionActor", distribution_class, bounds, loc=spec.zero(), scale=spec.zero() + 1)
         if network is None:
             network = expert_network(
                 "OptionActor",
@@ -206,22 +206,18 @@ class OptionActor(TensorDictModuleBase):
                 router_size=2 * num_options,
                 in_features=in_features,
                 num_cells=num_cells,
-                activation_class=activation_class,
                 router=router,
-                state_dependent_scale=state_dependent_scale,
-                init=head_init,
-                loc_spread=0.0,
+                options=options,
                 device=device,
             )
         in_keys = [in_keys] if isinstance(in_keys, str) else list(in_keys)
         self.num_options = num_options
         self.action_size = spec.shape[-1]
         self.network = TensorDictModule(network, in_keys=in_keys, out_keys=["option_features"])
-        if scale_mapping is None:
-            scale_mapping = ClampedExp()
+        scale_mapping = ClampedExp() if options.scale_mapping is None else options.scale_mapping
         self.scale_mapping = mappings(scale_mapping) if isinstance(scale_mapping, str) else scale_mapping
         self.distribution_class = distribution_class
-        self.distribution_kwargs = kwargs
+        self.distribution_kwargs = bounds
         self.action_key = unravel_key(action_key)
         self.option_key = unravel_key(option_key)
         self.previous_option_key = unravel_key(previous_option_key)
@@ -238,15 +234,15 @@ class OptionActor(TensorDictModuleBase):
         ]
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Transform by which an environment knows of ``previous_option``; it comes with an ``InitTracker``."""
+        """Transform that gives an environment the entry ``previous_option``; use it with an ``InitTracker``."""
         spec = Categorical(self.num_options, shape=(1,), dtype=torch.int64)
         return TensorDictPrimer({self.previous_option_key: spec}, default_value=0, expand_specs=True)
 
     def get_policy(self, tensordict: TensorDictBase) -> OptionPolicy:
-        """Everything that the network says of the states in ``tensordict``.
+        """Master policy, terminations and options in the states of ``tensordict``.
 
         Raises:
-            ValueError: if a network of one's own ends in another number of features.
+            ValueError: if the network ends in another number of features.
         """
         inputs = (tensordict.get(key) for key in self.network.in_keys)
         features = self.network.module(*inputs)
@@ -256,6 +252,7 @@ class OptionActor(TensorDictModuleBase):
                 f"OptionActor: the network must end in {options} * (2 * {self.action_size} + 2) = "
                 f"{2 * (options + size)} features, got {features.shape[-1]}."
             )
+        # [*B, K], [*B, K], [*B, K A], [*B, K A]; the last two become [*B, K, A]
         logits, termination_logits, loc, scale = features.split((options, options, size, size), -1)
         return OptionPolicy(
             logits,
@@ -266,8 +263,8 @@ class OptionActor(TensorDictModuleBase):
             self.distribution_kwargs,
         )
 
-    def _carried(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Option of the step before, and whether there is none."""
+    def _previous_option(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Option of the step before, and whether this is an episode's first step, ``[*B, 1]`` each."""
         found = [tensordict.get(key, None) for key in (self.previous_option_key, self.is_init_key)]
         for key, value in zip((self.previous_option_key, self.is_init_key), found, strict=True):
             if value is None:
@@ -279,11 +276,11 @@ class OptionActor(TensorDictModuleBase):
 
     def get_dist(self, tensordict: TensorDictBase) -> NormalMixture:
         """The action's distribution over all options, a mixture with the weights ``pi^H``."""
-        return self.get_policy(tensordict).dist(*self._carried(tensordict))
+        return self.get_policy(tensordict).dist(*self._previous_option(tensordict))
 
     def get_dist_high(self, tensordict: TensorDictBase) -> torch.distributions.Categorical:
         """The distribution ``pi^H`` over options, given the one before."""
-        return self.get_policy(tensordict).dist_high(*self._carried(tensordict))
+        return self.get_policy(tensordict).dist_high(*self._previous_option(tensordict))
 
     def get_dist_low(self, tensordict: TensorDictBase) -> IndependentNormal | TanhNormal:
         """The distribution of the action under the option that ``tensordict`` holds."""
@@ -294,20 +291,20 @@ class OptionActor(TensorDictModuleBase):
 
         Args:
             tensordict: the states, ``[*B]``.
-            draw_option: or take the most probable one.
-            draw_action: or take the centre of the option's Gaussian.
+            draw_option: draw the option, and do not take the most probable one.
+            draw_action: draw the action, and do not take the centre of the option's Gaussian.
         """
         policy = self.get_policy(tensordict)
-        high = policy.dist_high(*self._carried(tensordict))
+        high = policy.dist_high(*self._previous_option(tensordict))
         option = high.sample() if draw_option else high.logits.argmax(-1)
         low = policy.dist_low(option)
         action = low.sample() if draw_action else low.deterministic_sample
-        carried = option.unsqueeze(-1)
-        tensordict.set(self.option_key, carried)
+        option_entry = option.unsqueeze(-1)  # [*B] to [*B, 1]
+        tensordict.set(self.option_key, option_entry)
         tensordict.set(self.option_log_prob_key, high.log_prob(option))
         tensordict.set(self.action_key, action)
         tensordict.set(self.log_prob_key, low.log_prob(action))
-        return tensordict.set(unravel_key(("next", self.previous_option_key)), carried)
+        return tensordict.set(unravel_key(("next", self.previous_option_key)), option_entry)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Act as the exploration type says."""
@@ -315,10 +312,10 @@ class OptionActor(TensorDictModuleBase):
         return self.act(tensordict, draw_option=draw, draw_action=draw)
 
     def router_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of master policy and terminations, for an optimiser group of their own.
+        """Parameters of the master policy and the terminations, for an optimiser group of their own.
 
         Raises:
-            ValueError: if the actor was given a network of its own.
+            ValueError: if the actor was made with ``network``.
         """
         if not isinstance(self.network.module, ExpertNetwork):
             raise ValueError("OptionActor: only the built-in network has a router that can be told apart.")

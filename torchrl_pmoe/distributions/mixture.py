@@ -11,12 +11,12 @@ from torch.distributions import Distribution, constraints
 from torchrl_pmoe.distributions.proposals import LOG_SQRT_2PI, ExpertProposals, take_expert
 from torchrl_pmoe.distributions.routing import (
     RoutingGradient,
-    can_look_at,
     check_routing,
     frequency_log_prob,
     gumbel_softmax,
+    host_can_read,
     route_by_slope,
-    wide,
+    upcast,
 )
 
 __all__ = ["NormalMixture"]
@@ -27,9 +27,9 @@ class NormalMixture(Distribution):
 
     .. math:: \log \pi(a|s) = \log \sum_k w_k \prod_i N(a_i; \mu_{ki}, \sigma_{ki}),\quad w = \mathrm{softmax}(logits)
 
-    ``rsample`` and ``rsample_and_log_prob`` draw one expert and reparameterise its Gaussian. What the drawn index
-    cannot carry back, the routing gradient does (arXiv 2104.09122, Definition 3.1); see
-    :func:`~torchrl_pmoe.distributions.routing.route_by_slope`.
+    ``rsample`` and ``rsample_and_log_prob`` draw one expert and reparameterise its Gaussian. The index of the drawn
+    expert has no gradient; the router learns from the routing gradient in its place (arXiv 2104.09122, Definition
+    3.1; see :func:`~torchrl_pmoe.distributions.routing.route_by_slope`).
 
     Args:
         logits: of the router, ``[*B, K]``.
@@ -37,27 +37,27 @@ class NormalMixture(Distribution):
         scale: standard deviation of every expert, positive, ``[*B, K, A]``.
 
     Keyword Args:
-        routing: what the router learns from the slopes that come back through a reparameterised sample:
+        routing: what the router learns from the gradient that comes back through a reparameterised sample:
             ``"frequency"``, ``"soft_frequency"``, ``"gumbel_softmax"`` (the draw of the expert is relaxed, see
             :func:`~torchrl_pmoe.distributions.routing.gumbel_softmax`) or ``"none"``.
-        routing_coef: factor on that gradient; 2 where a loss draws for states and next states in one call, as
+        routing_coef: factor on that gradient. Use 2 with a loss that draws for states and next states in one call, as
             ``REDQLoss`` does.
-        score: the log-density that goes with a sample: ``"mixture"``, the policy's own, or ``"expert"``, that of the
-            drawn expert alone (the authors' SAC code).
+        score: the log-density that is returned with a sample: ``"mixture"``, the policy's own, or ``"expert"``, that
+            of the drawn expert alone (the authors' SAC code).
         log_prob_routing: gradient of :meth:`log_prob` on the logits: ``"exact"`` (responsibilities) or
             ``"frequency"`` (see :func:`~torchrl_pmoe.distributions.routing.frequency_log_prob`).
-        temperature: of the Gumbel-Softmax draw; unused by the other routings, as the next one.
-        straight_through: act on the drawn expert and differentiate the softmax. ``False`` blends the experts' draws,
-            before any tanh, by the softmax itself: such samples do not follow the mixture, whose density is scored at
-            them all the same; ``score="expert"`` has no expert to name then. Draws without gradient follow the mixture
-            either way.
-        validate_args: whether the parameters are looked at, as in :mod:`torch.distributions`: by default unless
-            ``Distribution.set_default_validate_args(False)`` was called, but never while a graph is traced or
-            recorded. Without a look a NaN of the router makes every action NaN.
+        temperature: of the Gumbel-Softmax draw. The other routings do not use it.
+        straight_through: of the Gumbel-Softmax draw: act on the drawn expert and differentiate the softmax. ``False``
+            weights the experts' draws, before any tanh, by the softmax itself. Such samples do not follow the mixture,
+            though their log-density is the mixture's, and ``score="expert"`` is refused because there is no single
+            expert. Draws without gradient follow the mixture either way.
+        validate_args: whether the values of the parameters are checked, as in :mod:`torch.distributions`: by default
+            unless ``Distribution.set_default_validate_args(False)`` was called, but never while a graph is traced or
+            recorded. Unchecked, a NaN of the router makes every action NaN.
 
     Raises:
-        ValueError: if shapes do not fit together, an option is not one of those above, or a parameter that is looked
-            at is NaN or, a scale, not positive.
+        ValueError: if shapes do not fit together, an option is not one of those above, or a checked parameter is NaN
+            or, for a scale, not positive.
 
     Examples:
         >>> dist = NormalMixture(torch.zeros(3, 2), torch.randn(3, 2, 4), torch.ones(3, 2, 4))
@@ -135,12 +135,12 @@ class NormalMixture(Distribution):
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
         if validate_args is None:
             validate_args = Distribution._validate_args
-        if validate_args and can_look_at(loc):
+        if validate_args and host_can_read(loc):
             self._validate_parameters()
         self._validate_args = validate_args
 
     def _validate_parameters(self) -> None:
-        """Masked experts, of a logit of minus infinity, are valid; a router without any weight is not."""
+        """Check the values. A logit of minus infinity masks an expert and is valid; a router with no weight is not."""
         checks = {
             "the router's logits must be numbers, one of them finite": (
                 self.logits,
@@ -164,7 +164,7 @@ class NormalMixture(Distribution):
             "log_prob_routing": self.log_prob_routing,
             "temperature": self.temperature,
             "straight_through": self.straight_through,
-            "validate_args": False,  # these parameters have been looked at
+            "validate_args": False,  # these parameters have been checked
         }
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NormalMixture:
@@ -190,7 +190,7 @@ class NormalMixture(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Where the density lives."""
+        """Where the density is positive."""
         return constraints.real_vector
 
     # ------------------------------------------------------------------ the map from latent value to action
@@ -210,7 +210,7 @@ class NormalMixture(Distribution):
 
     def _normal_log_density(self, offset: Tensor) -> Tensor:
         """``sum_i log N`` of each expert, ``[..., K]``, at ``offset = u - loc``, ``[..., K, A]``."""
-        scale = wide(self.scale)
+        scale = upcast(self.scale)
         return -(0.5 * (offset / scale).square() + scale.log()).sum(-1) - self.event_shape[0] * LOG_SQRT_2PI
 
     def _check_value(self, value: Tensor) -> None:
@@ -223,10 +223,12 @@ class NormalMixture(Distribution):
             )
 
     def _value_log_density(self, value: Tensor) -> Tensor:
+        """Log-density of ``value`` ``[*S, *B, A]`` under each expert, ``[*S, *B, K]``, in float32 at least."""
         self._check_value(value)
-        latent = wide(self._unsquash(value))
-        log_normal = self._normal_log_density(latent.unsqueeze(-2) - wide(self.loc))
-        log_det = self._log_abs_det(latent)
+        latent = upcast(self._unsquash(value))
+        # [*S, *B, 1, A] - [*B, K, A] = [*S, *B, K, A]
+        log_normal = self._normal_log_density(latent.unsqueeze(-2) - upcast(self.loc))
+        log_det = self._log_abs_det(latent)  # [*S, *B], the same for every expert
         return log_normal - (log_det.unsqueeze(-1) if isinstance(log_det, Tensor) else log_det)
 
     def expert_log_prob(self, value: Tensor) -> Tensor:
@@ -235,17 +237,17 @@ class NormalMixture(Distribution):
 
     def responsibilities(self, value: Tensor) -> Tensor:
         """Posterior probability of each expert given ``value`` ``[*S, *B, A]``, ``[*S, *B, K]``."""
-        return (self._value_log_density(value) + wide(self.logits).log_softmax(-1)).softmax(-1).to(self.loc.dtype)
+        return (self._value_log_density(value) + upcast(self.logits).log_softmax(-1)).softmax(-1).to(self.loc.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of ``value`` under the mixture, whatever ``score``.
 
         Args:
-            value: ``[*S, *B, A]``; for bounded mixtures values on or beyond the bounds count as just inside them.
+            value: ``[*S, *B, A]``. A bounded mixture takes values on or beyond its bounds as just inside them.
 
         Returns:
-            ``[*S, *B]``. Its gradient on the logits is what ``log_prob_routing`` says; that on ``loc`` and ``scale``
-            is exact.
+            ``[*S, *B]``. Its gradient on the logits is the one that ``log_prob_routing`` names; the gradient on
+            ``loc`` and ``scale`` is exact.
 
         Raises:
             ValueError: if the last dimension of ``value`` is not the action size.
@@ -254,8 +256,11 @@ class NormalMixture(Distribution):
         return self._mix(log_density).to(self.loc.dtype)
 
     def _mix(self, log_density: Tensor) -> Tensor:
-        """``log sum_k w_k exp(log_density_k)`` with the gradient on the logits that ``log_prob_routing`` asks for."""
-        log_weight = wide(self.logits).log_softmax(-1)
+        """``log sum_k w_k exp(log_density_k)``, ``[..., K]`` to ``[...]``.
+
+        The gradient on the logits is the one that ``log_prob_routing`` names.
+        """
+        log_weight = upcast(self.logits).log_softmax(-1)
         if self.log_prob_routing == "exact":
             return (log_weight + log_density).logsumexp(-1)
         log_joint = log_weight.detach() + log_density
@@ -263,20 +268,25 @@ class NormalMixture(Distribution):
 
     # ------------------------------------------------------------------ samples
 
-    def _poison(self) -> Tensor:
-        """Zeros ``[*B, 1, 1]``, NaN where the router's weights are: no index of an expert could say that they are."""
+    def _router_nan(self) -> Tensor:
+        """Zeros ``[*B, 1, 1]``, or NaN where the router's weights are NaN.
+
+        Added to every action: the index of a drawn expert is a number whatever the weights were, and would hide it.
+        """
         return self.logits.detach().amax(-1)[..., None, None] * 0.0
 
     def propose(self, sample_shape: Any = ()) -> ExpertProposals:
         """One reparameterised action of every expert, to be scored, selected from, or both."""
-        shape = torch.Size(sample_shape) + self.loc.shape
+        # noise for every expert, also where one is selected: batched arithmetic beats indexing before the draw
+        shape = torch.Size(sample_shape) + self.loc.shape  # [*S, *B, K, A]
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return ExpertProposals(self, noise)
 
     def sample_expert(self, sample_shape: Any = ()) -> Tensor:
         """Index of an expert drawn from the router, ``[*S, *B]``, int64."""
         with torch.no_grad():
-            cumulative = wide(self.logits).softmax(-1).cumsum(-1)[..., :-1]
+            # inverse of the cumulative probabilities, whose last one is left out: rounding may keep it below one
+            cumulative = upcast(self.logits).softmax(-1).cumsum(-1)[..., :-1]
             shape = torch.Size(sample_shape) + self.batch_shape
             uniform = torch.rand((*shape, 1), dtype=cumulative.dtype, device=cumulative.device)
             return (uniform >= cumulative).sum(-1)
@@ -293,8 +303,8 @@ class NormalMixture(Distribution):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Reparameterised sample, ``[*S, *B, A]``.
 
-        With ``routing="frequency"`` its slope trains the router; the soft form needs the log-density's slope as well
-        and routes through :meth:`rsample_and_log_prob` alone.
+        With ``routing="frequency"`` the gradient that reaches the sample trains the router. The soft form needs the
+        log-density's gradient as well, so only :meth:`rsample_and_log_prob` routes then.
         """
         proposals = self.propose(sample_shape)
         if self.routing is RoutingGradient.GUMBEL_SOFTMAX and torch.is_grad_enabled():
@@ -332,17 +342,18 @@ class NormalMixture(Distribution):
         )
 
     def _route(self, action: Tensor, log_prob: Tensor, proposals: ExpertProposals) -> tuple[Tensor, Tensor]:
-        batch = action.shape[:-1]
+        """The same action and log-density, whose gradients train the router on their way back."""
+        batch = action.shape[:-1]  # [*S, *B]
         with torch.no_grad():
             density = None
             if self.routing is RoutingGradient.SOFT_FREQUENCY:
-                density = wide(proposals.mixture_log_prob())
-            others = proposals.action
+                density = upcast(proposals.mixture_log_prob())
+            proposed = proposals.action  # [*S, *B, K, A]
         return route_by_slope(
             action,
             log_prob,
             self.logits.expand(*batch, self.num_experts),
-            others,
+            proposed,
             coef=self.routing_coef / (max(1, batch.numel()) * self.num_experts),
             density=density,
         )
@@ -363,8 +374,8 @@ class NormalMixture(Distribution):
             proposals = self.propose(sample_shape)
             index = self.sample_expert(sample_shape)
             action = proposals.select_action(index)
-            latent = wide(take_expert(proposals.latent, index))
-        log_density = self._normal_log_density(latent.unsqueeze(-2) - wide(self.loc))
+            latent = upcast(take_expert(proposals.latent, index))
+        log_density = self._normal_log_density(latent.unsqueeze(-2) - upcast(self.loc))  # [*S, *B, K]
         if self.score == "expert":
             log_prob = take_expert(log_density.unsqueeze(-1), index).squeeze(-1)
         else:
@@ -373,20 +384,20 @@ class NormalMixture(Distribution):
 
     def entropy(self) -> Tensor:
         """Unbiased estimate ``-sum_k w_k log pi(a_k)``, ``a_k ~ pi_k``, ``[*B]``, differentiable in all parameters."""
-        log_prob = wide(self.propose().mixture_log_prob(detach_weights=False))
-        return -(wide(self.logits).softmax(-1) * log_prob).sum(-1).to(self.loc.dtype)
+        log_prob = upcast(self.propose().mixture_log_prob(detach_weights=False))  # [*B, K]
+        return -(upcast(self.logits).softmax(-1) * log_prob).sum(-1).to(self.loc.dtype)
 
     # ------------------------------------------------------------------ point summaries
 
     @property
     def expert_mode(self) -> Tensor:
         """Squashed loc of every expert, ``[*B, K, A]``."""
-        return self._squash(self.loc + self._poison(), per_expert=True)
+        return self._squash(self.loc + self._router_nan(), per_expert=True)
 
     @property
     def deterministic_sample(self) -> Tensor:
         """Squashed loc of the expert with the largest weight, ``[*B, A]``."""
-        return self._squash(take_expert(self.loc + self._poison(), self.logits.argmax(-1)))
+        return self._squash(take_expert(self.loc + self._router_nan(), self.logits.argmax(-1)))
 
     @property
     def mode(self) -> Tensor:
@@ -400,7 +411,7 @@ class NormalMixture(Distribution):
     def mean(self) -> Tensor:
         """``sum_k w_k E_k[a]``, ``[*B, A]``.
 
-        Behind a tanh by Gauss-Hermite quadrature with 64 nodes: within 2e-5 of the bounds' half-width up to a scale
-        of 2, within 2e-2 up to 7.
+        Behind a tanh it is computed by Gauss-Hermite quadrature with 64 nodes. Its error is below 2e-5 of the bounds'
+        half-width for scales up to 2, and below 2e-2 for scales up to 7.
         """
         return (self.probs.unsqueeze(-1) * self._expert_mean()).sum(-2)

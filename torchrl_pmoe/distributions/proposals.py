@@ -1,4 +1,4 @@
-"""One draw of every expert of a mixture: scored, selected from, or both."""
+"""One draw of every expert of a mixture, to be scored, selected from, or both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchrl_pmoe.distributions.routing import wide
+from torchrl_pmoe.distributions.routing import upcast
 
 if TYPE_CHECKING:
     from torchrl_pmoe.distributions.mixture import NormalMixture
@@ -19,7 +19,7 @@ LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 def take_expert(x: Tensor, index: Tensor) -> Tensor:
-    """``x[..., index, :]`` for ``x`` ``[*B, K, A]`` and ``index`` ``[*B]``."""
+    """The rows ``x[..., index, :]``, ``[*B, A]``, of ``x`` ``[*B, K, A]`` at ``index`` ``[*B]``."""
     shape = torch.broadcast_shapes(x.shape[:-2], index.shape)
     index = index.expand(shape)[..., None, None].expand(*shape, 1, x.shape[-1])
     return x.expand(*shape, *x.shape[-2:]).gather(-2, index).squeeze(-2)
@@ -38,7 +38,8 @@ class ExpertProposals:
     def __init__(self, dist: NormalMixture, noise: Tensor) -> None:
         self.dist = dist
         self.noise = noise
-        self.step = dist.scale * noise + dist._poison()
+        # all [*S, *B, K, A]; the step is kept apart from loc because their sum would lose a small one
+        self.step = dist.scale * noise + dist._router_nan()
         self.latent = dist.loc + self.step
 
     @property
@@ -49,24 +50,24 @@ class ExpertProposals:
     def expert_log_prob(self) -> Tensor:
         """Log-density of each proposal under the expert that made it, ``[*S, *B, K]``."""
         dist = self.dist
-        # the noise itself is the standardised draw: exact where loc swallows a small scale
-        log_normal = -(0.5 * wide(self.noise).square() + wide(dist.scale).log()).sum(-1)
-        log_det = dist._log_abs_det(wide(self.latent), per_expert=True)
+        # the noise is the standardised draw; (latent - loc) / scale would be inexact for a scale far below loc
+        log_normal = -(0.5 * upcast(self.noise).square() + upcast(dist.scale).log()).sum(-1)
+        log_det = dist._log_abs_det(upcast(self.latent), per_expert=True)
         return (log_normal - dist.event_shape[0] * LOG_SQRT_2PI - log_det).to(dist.loc.dtype)
 
     def mixture_log_prob(self, *, detach_weights: bool = True) -> Tensor:
         """Log-density of each proposal under the whole mixture, ``[*S, *B, K]``."""
         dist = self.dist
-        loc = wide(dist.loc)
-        # u_k - loc_j as (loc_k - loc_j) + step_k: exact for j = k where loc swallows a small scale
-        offset = (loc.unsqueeze(-2) - loc.unsqueeze(-3)) + wide(self.step).unsqueeze(-2)
-        log_weight = wide(dist.logits).log_softmax(-1)
+        loc = upcast(dist.loc)
+        # u_k - loc_j, [*S, *B, K, K, A], as (loc_k - loc_j) + step_k: exact for j = k, also for a scale far below loc
+        offset = (loc.unsqueeze(-2) - loc.unsqueeze(-3)) + upcast(self.step).unsqueeze(-2)
+        log_weight = upcast(dist.logits).log_softmax(-1)
         if detach_weights:
             log_weight = log_weight.detach()
-        scale = wide(dist.scale).unsqueeze(-3)
-        log_normal = -(0.5 * (offset / scale).square() + scale.log()).sum(-1)
+        scale = upcast(dist.scale).unsqueeze(-3)  # [*B, 1, K, A]
+        log_normal = -(0.5 * (offset / scale).square() + scale.log()).sum(-1)  # [*S, *B, K, K]: proposal k, expert j
         log_mixture = (log_weight.unsqueeze(-2) + log_normal).logsumexp(-1)
-        log_det = dist._log_abs_det(wide(self.latent), per_expert=True)
+        log_det = dist._log_abs_det(upcast(self.latent), per_expert=True)
         return (log_mixture - dist.event_shape[0] * LOG_SQRT_2PI - log_det).to(dist.loc.dtype)
 
     def log_prob(self) -> Tensor:
@@ -74,7 +75,7 @@ class ExpertProposals:
         return self.mixture_log_prob() if self.dist.score == "mixture" else self.expert_log_prob()
 
     def select_action(self, index: Tensor) -> Tensor:
-        """Action of expert ``index`` ``[*S, *B]``, ``[*S, *B, A]``."""
+        """Action ``[*S, *B, A]`` of expert ``index`` ``[*S, *B]``."""
         return self.dist._squash(take_expert(self.latent, index))
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,53 +86,54 @@ class ExpertProposals:
         """
         dist = self.dist
         parts = (take_expert(x, index) for x in (dist.loc, dist.scale, self.noise))
-        return self._score_one(*parts)
+        return self._action_and_log_prob(*parts)
 
     def redraw(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """A fresh action of expert ``index`` ``[*S, *B]``, whatever its proposal was, and its log-density.
+        """A fresh action of expert ``index`` ``[*S, *B]`` and its log-density.
 
-        A proposal that was selected by its score is no draw of its expert any more: its noise is what made it win.
+        A proposal that was selected by its score is no random draw of its expert: its noise made it win.
 
         Returns:
             As :meth:`select`.
         """
         loc, scale = take_expert(self.dist.loc, index), take_expert(self.dist.scale, index)
-        return self._score_one(loc, scale, torch.randn(loc.shape, dtype=loc.dtype, device=loc.device))
+        return self._action_and_log_prob(loc, scale, torch.randn(loc.shape, dtype=loc.dtype, device=loc.device))
 
-    def _score_one(self, loc: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _action_and_log_prob(self, loc: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Action of one expert's parameters and noise ``[*S, *B, A]`` and the log-density that ``score`` names."""
         dist = self.dist
-        step = scale * noise + dist._poison().squeeze(-1)
+        step = scale * noise + dist._router_nan().squeeze(-1)
         if dist.score == "mixture":
-            return self._score(loc, step)
+            return self._action_and_mixture_log_prob(loc, step)
         latent = loc + step
-        log_density = -(0.5 * wide(noise).square() + wide(scale).log()).sum(-1)
+        log_density = -(0.5 * upcast(noise).square() + upcast(scale).log()).sum(-1)
         log_density = log_density - dist.event_shape[0] * LOG_SQRT_2PI
-        log_prob = (log_density - dist._log_abs_det(wide(latent))).to(dist.loc.dtype)
+        log_prob = (log_density - dist._log_abs_det(upcast(latent))).to(dist.loc.dtype)
         return dist._squash(latent), log_prob
 
     def combine(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Action of the weighted sum of the latent draws and the log-density that ``score`` names.
 
         Args:
-            weights: over the experts, ``[*S, *B, K]``, differentiable; one-hot, they are a selection.
+            weights: over the experts, ``[*S, *B, K]``, differentiable; one-hot weights select an expert.
 
         Returns:
             The action ``[*S, *B, A]`` and its log-density ``[*S, *B]``: the mixture's at that action, with detached
             weights inside, or for ``score="expert"`` the weighted sum of the experts' own at their own draws.
         """
-        dist, share = self.dist, weights.unsqueeze(-1)
+        dist, share = self.dist, weights.unsqueeze(-1)  # [*S, *B, K, 1]
         loc, step = (share * dist.loc).sum(-2), (share * self.step).sum(-2)
         if dist.score == "mixture":
-            return self._score(loc, step)
+            return self._action_and_mixture_log_prob(loc, step)
         return dist._squash(loc + step), (weights * self.expert_log_prob()).sum(-1)
 
-    def _score(self, loc: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    def _action_and_mixture_log_prob(self, loc: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Action of ``loc + step`` ``[*S, *B, A]`` and the mixture's log-density there."""
         dist = self.dist
         latent = loc + step
-        offset = (wide(loc).unsqueeze(-2) - wide(dist.loc)) + wide(step).unsqueeze(-2)
-        log_weight = wide(dist.logits).log_softmax(-1).detach()
+        # [*S, *B, K, A]
+        offset = (upcast(loc).unsqueeze(-2) - upcast(dist.loc)) + upcast(step).unsqueeze(-2)
+        log_weight = upcast(dist.logits).log_softmax(-1).detach()
         log_density = (log_weight + dist._normal_log_density(offset)).logsumexp(-1)
-        log_prob = (log_density - dist._log_abs_det(wide(latent))).to(dist.loc.dtype)
+        log_prob = (log_density - dist._log_abs_det(upcast(latent))).to(dist.loc.dtype)
         return dist._squash(latent), log_prob

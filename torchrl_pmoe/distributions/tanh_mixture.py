@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from torchrl_pmoe.distributions.mixture import NormalMixture
-from torchrl_pmoe.distributions.routing import RoutingGradient, wide
+from torchrl_pmoe.distributions.routing import RoutingGradient, upcast
 
 __all__ = ["TanhNormalMixture"]
 
@@ -34,18 +34,18 @@ class TanhNormalMixture(NormalMixture):
         logits: of the router, ``[*B, K]``.
         loc: of every expert before the tanh, ``[*B, K, A]``.
         scale: of every expert before the tanh, ``[*B, K, A]``.
-        low: lower bound of the action, a number or a tensor ``[A]``; of agents with boxes of their own ``[*B, A]``, or
-            what broadcasts to that.
+        low: lower bound of the action: a number, a tensor ``[A]``, or for agents with bounds of their own a tensor
+            that broadcasts to ``[*B, A]``.
         high: upper bound of the action, as ``low``.
 
     Keyword Args:
-        routing: see :class:`NormalMixture`, as for the other six.
+        routing: see :class:`NormalMixture` for this and all that follow.
         routing_coef: factor on the routing gradient.
         score: the log-density that goes with a sample.
         log_prob_routing: gradient of ``log_prob`` on the logits.
         temperature: of the Gumbel-Softmax draw.
         straight_through: whether that draw acts on one expert.
-        validate_args: whether the parameters are looked at.
+        validate_args: whether the values of the parameters are checked.
 
     Raises:
         ValueError: as :class:`NormalMixture`, and if the bounds have another shape or ``low >= high``.
@@ -85,7 +85,7 @@ class TanhNormalMixture(NormalMixture):
         self.low, self.high = low, high = self._check_bounds(low, high)
         self._half = (high - low) / 2
         self._middle = (high + low) / 2
-        self._by_agent = isinstance(self._half, Tensor) and self._half.ndim > 1
+        self._bounds_per_agent = isinstance(self._half, Tensor) and self._half.ndim > 1
 
     def _check_bounds(self, low: float | Tensor, high: float | Tensor) -> tuple[Any, Any]:
         """Both bounds as floats, or both as tensors beside ``loc``."""
@@ -112,7 +112,7 @@ class TanhNormalMixture(NormalMixture):
                     f"{name}: a bound must be a number or a tensor of shape {tuple(self.event_shape)}, or one for "
                     f"each agent that fits {tuple(full)}, got {tuple(bound.shape)} for loc of shape {tuple(loc.shape)}."
                 )
-        # a look at the values costs a synchronisation on an accelerator and a graph break under the compiler
+        # reading the values would cost a synchronisation on an accelerator and a graph break under the compiler
         if loc.device.type == "cpu" and not torch.compiler.is_compiling() and not (high > low).all():
             raise ValueError(f"{name}: low must be below high, got {low} and {high}.")
         return low, high
@@ -122,17 +122,17 @@ class TanhNormalMixture(NormalMixture):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The box between the bounds."""
+        """The box between ``low`` and ``high``."""
         return constraints.independent(constraints.interval(self.low, self.high), 1)
 
-    def _beside(self, bound: Any, per_expert: bool) -> Any:
-        """A bound, or what is made of bounds, to stand beside ``[..., A]``, or ``[..., K, A]`` per expert."""
-        by_agent = per_expert and self._by_agent and isinstance(bound, Tensor) and bound.ndim > 0
-        return bound.unsqueeze(-2) if by_agent else bound
+    def _align(self, bound: Any, per_expert: bool) -> Any:
+        """A bound, or a value made of bounds, that broadcasts with ``[..., A]``, or ``[..., K, A]`` per expert."""
+        insert = per_expert and self._bounds_per_agent and isinstance(bound, Tensor) and bound.ndim > 0
+        return bound.unsqueeze(-2) if insert else bound  # [*B, A] to [*B, 1, A]
 
     def _squash(self, latent: Tensor, *, per_expert: bool = False) -> Tensor:
         low, high, half, middle = (
-            self._beside(bound, per_expert) for bound in (self.low, self.high, self._half, self._middle)
+            self._align(bound, per_expert) for bound in (self.low, self.high, self._half, self._middle)
         )
         action = latent.tanh()
         if isinstance(middle, float):
@@ -142,27 +142,28 @@ class TanhNormalMixture(NormalMixture):
                 return action
         else:
             action = action * half
-        # rounding can put the sum one step outside
+        # rounding can put the sum just outside the bounds
         return (action + middle).clamp(low, high)
 
     def _unsquash(self, value: Tensor) -> Tensor:
+        # the largest number below one, so that an action that was rounded onto its bound has a finite latent value
         limit = 1.0 - torch.finfo(value.dtype).eps / 2
-        return ((wide(value) - self._middle) / self._half).clamp(-limit, limit).atanh()
+        return ((upcast(value) - self._middle) / self._half).clamp(-limit, limit).atanh()
 
     def _log_abs_det(self, latent: Tensor, *, per_expert: bool = False) -> Tensor:
-        # log(1 - tanh(u)^2), written so that it does not underflow
+        # log(1 - tanh(u)^2), written so that it does not underflow, summed over dimensions: [..., A] to [...]
         log_slope = 2.0 * (_LOG_2 - latent - F.softplus(-2.0 * latent)).sum(-1)
-        half = self._beside(self._half, per_expert)
+        half = self._align(self._half, per_expert)
         if isinstance(half, Tensor):
             return log_slope + half.log().expand(*half.shape[:-1], *self.event_shape).sum(-1)
         return log_slope if half == 1 else log_slope + self.event_shape[0] * math.log(half)
 
     def _expert_mean(self) -> Tensor:
-        loc = wide(self.loc)
+        loc = upcast(self.loc)
         nodes, weights = (loc.new_tensor(x) for x in _hermite(64))
-        latent = loc.unsqueeze(-1) + wide(self.scale).unsqueeze(-1) * nodes
-        mean = ((latent.tanh() * weights).sum(-1)).to(self.loc.dtype)
-        return mean * self._beside(self._half, True) + self._beside(self._middle, True)
+        latent = loc.unsqueeze(-1) + upcast(self.scale).unsqueeze(-1) * nodes  # [*B, K, A, nodes]
+        mean = ((latent.tanh() * weights).sum(-1)).to(self.loc.dtype)  # [*B, K, A]
+        return mean * self._align(self._half, True) + self._align(self._middle, True)
 
     @property
     def mean(self) -> Tensor:

@@ -15,7 +15,14 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabili
 
 from torchrl_pmoe.distributions import NormalMixture, TanhNormalMixture
 from torchrl_pmoe.distributions.proposals import take_expert
-from torchrl_pmoe.modules.networks import Chain, ExpertNetwork, SelectExpert, expert_chain
+from torchrl_pmoe.modules.networks import (
+    Chain,
+    ExpertNetwork,
+    ExpertOptions,
+    SelectExpert,
+    expert_chain,
+    pop_expert_options,
+)
 from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
 
 __all__ = ["BestOfExpertsActor", "ExpertsActor", "MeanOfDrawnExpertActor", "PMOEActor"]
@@ -24,12 +31,13 @@ _PARAMS = ("logits", "loc", "scale")
 
 
 class _MixtureModule(SafeProbabilisticModule):
-    """Draws from the mixture and, on request, scores the action as stored.
+    """Draws from the mixture and, on request, writes the log-density of the action as stored.
 
-    TorchRL's module would store the score of the pre-tanh draw; PPO recomputes the log-density from the stored action
-    and its ratio would not start at one. The base class one step up scores what it has stored.
+    TorchRL's module would write the log-density of the pre-tanh draw. PPO computes the log-density from the stored
+    action, and its ratio would not start at one.
     """
 
+    # the base class takes the log-density of the action that it has written
     forward = ProbabilisticTensorDictModule.forward
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,7 +52,7 @@ class _MixtureModule(SafeProbabilisticModule):
     build_dist_from_params = get_dist
 
     def _kwargs_for(self, loc: Tensor) -> dict[str, Any]:
-        # the bounds are no parameters and do not travel with .to(): one copy per device, not one per call
+        # bounds are not parameters, so .to() does not move them: keep one copy per device instead of one per call
         if not any(isinstance(value, Tensor) for value in self.distribution_kwargs.values()):
             return self.distribution_kwargs
         place = (loc.device, loc.dtype)
@@ -54,22 +62,23 @@ class _MixtureModule(SafeProbabilisticModule):
             name: value.to(*place) if isinstance(value, Tensor) else value
             for name, value in self.distribution_kwargs.items()
         }
-        if not torch.is_inference_mode_enabled():  # such tensors are of no use to autograd later
+        if not torch.is_inference_mode_enabled():  # autograd could not use an inference tensor later
             self._kwargs_cache[place] = moved
         return moved
 
 
 class ExpertsActor(ProbabilisticActor):
-    """What the actors that are made of experts share; see :class:`PMOEActor`."""
+    """Base class of the actors with several experts; see :class:`PMOEActor`."""
 
     num_experts: int
 
     def _experts(self) -> nn.Module:
-        """From the inputs to logits, locs and scales: the network and its extractor, without what may follow."""
+        """From the inputs to logits, locs and scales: the network and its extractor alone."""
+        # baselines append a module that blends the experts
         return Chain(*self[0].module[:2])
 
     def expert(self, k: int) -> ProbabilisticActor:
-        """Actor that shares this one's parameters and follows expert ``k`` alone, as a ``TanhNormal``.
+        """Actor that shares this actor's parameters and follows expert ``k`` alone, as a ``TanhNormal``.
 
         Raises:
             IndexError: if there is no expert ``k``.
@@ -95,7 +104,7 @@ class ExpertsActor(ProbabilisticActor):
         """Parameters of the built-in router, for an optimiser group of their own (``router_lr``).
 
         Raises:
-            ValueError: if the actor was given a network of its own.
+            ValueError: if the actor was made with ``network``.
         """
         network = self[0].module[0]
         if not isinstance(network, ExpertNetwork):
@@ -118,27 +127,21 @@ class PMOEActor(ExpertsActor):
         in_keys: what the network reads; several are concatenated.
         out_keys: where the action goes; from a ``Composite`` spec its key, else ``"action"``.
         param_keys: where logits, loc and scale go.
-        network: any module that ends in ``K (2A + 1)`` features (see :class:`MixtureParamExtractor`), in place of the
-            built-in MLP.
+        network: any module that ends in ``K (2A + 1)`` features (see :class:`MixtureParamExtractor`), which replaces
+            the built-in MLP.
         num_cells: hidden layers of the built-in MLP.
-        activation_class: of the built-in MLP.
         router: what the built-in router reads: ``"detached"`` features of the trunk (the authors' code, the default),
             ``"shared"`` features with their gradient, ``"separate"`` for an MLP of its own, or a module from the
             inputs to ``K`` logits.
-        state_dependent_scale: ``False`` for one learned scale per expert and dimension.
-        scale_mapping: positive map for the scale, a name or a callable.
-        scale_lb: smallest scale.
-        head_init: the heads of the built-in network start uniform in ``[-head_init, head_init]``.
-        floor: see :class:`MixtureParamExtractor`.
-        loc_spread: the experts' biases for loc start uniform in ``[-loc_spread, loc_spread]``; a remedy against
-            duplicate experts, off by default.
         distribution_class: :class:`TanhNormalMixture` or :class:`NormalMixture`.
         distribution_kwargs: options of the distribution (``routing``, ``score``, …).
         return_log_prob: whether to write the log-density.
-        log_prob_key: where it goes; ``"<action key>_log_prob"`` by default.
         default_interaction_type: used where no ``set_exploration_type`` says otherwise.
         device: of the built-in network.
-        **kwargs: of :class:`~torchrl.modules.SafeProbabilisticModule`.
+        **kwargs: the fields of :class:`~torchrl_pmoe.modules.ExpertOptions` (``activation_class``,
+            ``state_dependent_scale``, ``scale_mapping``, ``scale_lb``, ``head_init``, ``loc_spread``, ``floor``), and
+            options of :class:`~torchrl.modules.SafeProbabilisticModule`, such as ``log_prob_key``
+            (``"<action key>_log_prob"`` by default).
 
     Raises:
         ValueError: for fewer than one expert, a spec that is not a box of finite bounds, ``router`` beside
@@ -162,18 +165,10 @@ class PMOEActor(ExpertsActor):
         param_keys: Sequence[NestedKey] = _PARAMS,
         network: nn.Module | None = None,
         num_cells: Sequence[int] = (256, 256),
-        activation_class: type[nn.Module] = nn.ReLU,
         router: Literal["detached", "shared", "separate"] | nn.Module | None = None,
-        state_dependent_scale: bool = True,
-        scale_mapping: str | Callable[[Tensor], Tensor] | None = None,
-        scale_lb: float = 0.0,
-        head_init: float = 1e-3,
-        floor: float = 0.0,
-        loc_spread: float = 0.0,
         distribution_class: type[NormalMixture] = TanhNormalMixture,
         distribution_kwargs: dict[str, Any] | None = None,
         return_log_prob: bool = False,
-        log_prob_key: NestedKey | None = None,
         default_interaction_type: InteractionType = InteractionType.RANDOM,
         device: torch.device | str | None = None,
         **kwargs: Any,
@@ -182,7 +177,8 @@ class PMOEActor(ExpertsActor):
             in_keys = [in_keys]
         if isinstance(out_keys, str):
             out_keys = [out_keys]
-        refuse_unknown(PMOEActor, kwargs, SafeProbabilisticModule)
+        refuse_unknown(PMOEActor, kwargs, ExpertOptions, SafeProbabilisticModule)
+        options = pop_expert_options(kwargs)
         leaf, action_key, action_spec = action_leaf("PMOEActor", spec if device is None else spec.to(device), out_keys)
         if not issubclass(distribution_class, NormalMixture):
             raise ValueError(
@@ -200,19 +196,14 @@ class PMOEActor(ExpertsActor):
             num_experts,
             leaf.shape[-1],
             network=network,
-            in_features=in_features,
-            num_cells=num_cells,
-            activation_class=activation_class,
             router=router,
             default_router="detached",
-            state_dependent_scale=state_dependent_scale,
-            scale_mapping=scale_mapping,
-            scale_lb=scale_lb,
-            head_init=head_init,
-            floor=floor,
-            loc_spread=loc_spread,
+            options=options,
+            in_features=in_features,
+            num_cells=num_cells,
             device=device,
         )
+        # parameters of the distribution, [*agents, K, A]
         loc = torch.zeros(*leaf.shape[:-1], num_experts, leaf.shape[-1], dtype=leaf.dtype, device=leaf.device)
         try_distribution(
             "PMOEActor", distribution_class, distribution_kwargs or {}, logits=loc[..., 0], loc=loc, scale=loc + 1
@@ -225,7 +216,6 @@ class PMOEActor(ExpertsActor):
             distribution_class=distribution_class,
             distribution_kwargs=distribution_kwargs or {},
             return_log_prob=return_log_prob,
-            log_prob_key=log_prob_key,
             default_interaction_type=default_interaction_type,
             **kwargs,
         )
@@ -242,10 +232,9 @@ class BestOfExpertsActor(TensorDictModuleBase):
 
     Args:
         actor: whose ``get_dist`` returns a mixture.
-        score_proposals: value of proposals ``[*B, K, A]`` in the states of a tensordict ``[*B]``, ``[*B, K]``; that
-            of a loss, for instance :meth:`PMOESACLoss.score_proposals`. The module whose method it is becomes a part
-            of the actor: its parameters are among the actor's, so that a collector's update of the policy's weights
-            brings the critics too.
+        score_proposals: from states ``[*B]`` and proposals ``[*B, K, A]`` to values ``[*B, K]``, for instance
+            :meth:`PMOESACLoss.score_proposals`. A method's module becomes a part of the actor: its parameters are
+            among the actor's, so a collector that updates the policy's weights updates the critics too.
     """
 
     def __init__(self, actor: ProbabilisticActor, score_proposals: Callable[[TensorDictBase, Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""From features to the parameters of a mixture."""
+"""Modules from features to the parameters of a mixture."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class ClampedExp(nn.Module):
 class MixtureParamExtractor(nn.Module):
     """Splits features into ``logits``, ``loc`` and ``scale`` of a mixture.
 
-    The sibling of :class:`tensordict.nn.NormalParamExtractor`. Features ``[..., K (2A + 1)]`` hold, in this order,
-    ``K`` logits, ``K A`` locs and ``K A`` values for the scale, both expert by expert.
+    The sibling of :class:`tensordict.nn.NormalParamExtractor`. Features ``[..., K (2A + 1)]`` hold ``K`` logits, then
+    ``K A`` locs, then ``K A`` values for the scale; locs and scales are ordered expert by expert.
 
     Args:
         num_experts: ``K``.
         scale_mapping: positive map for the scale: a name that :func:`tensordict.nn.mappings` knows, or a callable.
         scale_lb: smallest scale.
-        floor: probability kept for exploration of the experts, ``w = (1 - floor) softmax + floor / K``; a remedy
-            against dead experts, off by default.
-        action_size: ``A``, to check the features against; unset, it follows from them.
+        floor: share of the probability that is spread over all experts, ``w = (1 - floor) softmax + floor / K``; a
+            remedy against dead experts, off by default.
+        action_size: ``A``, which the features are checked against; unset, it follows from the features.
 
     Raises:
         ValueError: if ``num_experts < 1``, ``floor`` is outside ``[0, 1)``, or, on a call, the features do not
@@ -77,7 +77,7 @@ class MixtureParamExtractor(nn.Module):
         self.action_size = action_size
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Parameters of the mixture; tensors beyond the first are handed through.
+        """Parameters of the mixture; tensors beyond the first are returned as they are.
 
         Args:
             *tensors: features ``[*B, K (2A + 1)]``, then anything.
@@ -96,6 +96,7 @@ class MixtureParamExtractor(nn.Module):
                 f"MixtureParamExtractor: features of shape {tuple(features.shape)} do not fit; "
                 f"their last dimension must be {expected}."
             )
+        # [*B, K], [*B, K A], [*B, K A]; the last two become [*B, K, A]
         logits, loc, scale = features.split((experts, experts * action, experts * action), -1)
         if self.floor:
             logits = torch.log((1.0 - self.floor) * logits.softmax(-1) + self.floor / experts)

@@ -1,4 +1,4 @@
-"""What an actor reads off the spec of its action."""
+"""What an actor takes from the spec of its action, and checks of its options."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 __all__ = ["action_leaf", "box_of_floats", "refuse_unknown", "try_distribution", "with_bounds"]
 
 
-def refuse_unknown(owner: type, options: Mapping[str, Any], *takers: type) -> None:
-    """Refuse options that nothing takes, in the name of the class that the user wrote.
+def refuse_unknown(owner: type, options: Mapping[str, Any], *takers: type, without: Sequence[str] = ()) -> None:
+    """Refuse keywords that no class takes, with an error that names the class that the user called.
 
     Args:
-        owner: that class.
-        options: given besides its own arguments.
-        takers: classes that ``options`` are handed to.
+        owner: the class that the user called.
+        options: keywords besides its own arguments.
+        takers: classes that ``options`` are passed on to.
+        without: options of ``takers`` that ``owner`` has not.
 
     Raises:
         TypeError: for the first option in alphabetical order that neither ``owner`` nor one of ``takers`` knows.
     """
     found = [signature(taker.__init__).parameters.values() for taker in (owner, *takers)]  # type: ignore[misc]
     known = {p.name for parameters in found for p in parameters if p.kind is not Parameter.VAR_KEYWORD}
+    known -= set(without)
     unknown = sorted(options.keys() - known)
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=1)
@@ -35,12 +37,12 @@ def refuse_unknown(owner: type, options: Mapping[str, Any], *takers: type) -> No
 
 
 def try_distribution(owner: str, kind: Callable[..., Any], kwargs: Mapping[str, Any], **params: Tensor) -> None:
-    """Make a distribution once, so that an option that it does not take shows where it is given.
+    """Make a distribution once, so that a wrong option is refused where it is given and not in the first call.
 
     Args:
-        owner: who is speaking in an error.
-        kind: the distribution's class.
-        kwargs: its options.
+        owner: name of the class that an error speaks of.
+        kind: class of the distribution.
+        kwargs: options of the distribution.
         params: parameters of the right shapes.
 
     Raises:
@@ -78,10 +80,10 @@ def action_leaf(
 
 
 def box_of_floats(owner: str, leaf: TensorSpec) -> TensorSpec:
-    """``leaf`` itself.
+    """``leaf`` itself, if it is a box of floats.
 
     Raises:
-        ValueError: if it is not a box of floats.
+        ValueError: if it is not.
     """
     if not isinstance(leaf, Bounded | Unbounded) or not leaf.dtype.is_floating_point or not leaf.shape:
         raise ValueError(f"{owner}: the action spec must be a box of floats, got {type(leaf).__name__}.")
@@ -91,17 +93,17 @@ def box_of_floats(owner: str, leaf: TensorSpec) -> TensorSpec:
 def with_bounds(
     owner: str, spec: TensorSpec, kwargs: Mapping[str, Any] | None, *, bounded: str, unbounded: str
 ) -> dict[str, Any]:
-    """``kwargs`` of a bounded distribution; ``low`` and ``high`` come from the spec unless both are given.
+    """Options of a bounded distribution, with ``low`` and ``high`` from the spec unless both are given.
 
-    Bounds are numbers where they are the same in every dimension, and ``[A]`` where they are the same for all agents
-    and environments of a batch.
+    A bound that is the same in every dimension becomes a number. A bound that is the same for all agents and
+    environments of a batch becomes ``[A]``.
 
     Args:
-        owner: who is speaking in an error.
+        owner: name of the class that an error speaks of.
         spec: of the action.
         kwargs: of the distribution.
-        bounded: the distribution's name.
-        unbounded: the name of the one to take instead for an unbounded spec.
+        bounded: name of the distribution.
+        unbounded: name of the distribution that takes an unbounded spec.
 
     Raises:
         ValueError: if the spec is unbounded, or a bound is infinite.

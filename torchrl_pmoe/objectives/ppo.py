@@ -15,8 +15,8 @@ from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.utils import _cache_values, _vmap_func, distance_loss
 
 from torchrl_pmoe.distributions.mixture import NormalMixture
-from torchrl_pmoe.distributions.routing import RoutingGradient
-from torchrl_pmoe.objectives.scoring import CriticScoredLoss, Scored, check_critic_keys, smallest_of_critics
+from torchrl_pmoe.distributions.routing import RoutingEstimator, RoutingGradient, ScoredProposals
+from torchrl_pmoe.objectives.scoring import CriticScoredLoss, check_critic_keys, smallest_of_critics
 
 __all__ = ["PMOEClipPPOLoss"]
 
@@ -24,9 +24,9 @@ __all__ = ["PMOEClipPPOLoss"]
 class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     """Clipped PPO for a mixture policy with critic-scored routing (PMOE, arXiv 2104.09122; the authors' form of PPO).
 
-    The surrogate is the parent's, and so is the mixture's density in its ratio. A Q-network joins: fitted to the value
-    target at the stored action, it scores a fresh proposal of every expert, ``score_k = min_j Q_j(s, a_k)``, and the
-    router learns from the scores.
+    The surrogate is that of :class:`~torchrl.objectives.ClipPPOLoss`, with the mixture's density in the ratio. A
+    Q-network is fitted to the value target at the stored action. It scores a fresh proposal of every expert,
+    ``score_k = min_j Q_j(s, a_k)``, and the router learns from the scores.
 
     Args:
         actor_network: any actor whose ``get_dist`` returns a ``NormalMixture`` or ``TanhNormalMixture``; its
@@ -37,14 +37,15 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     Keyword Args:
         routing: what the router learns besides the surrogate: ``"frequency"``, the one-hot of the best proposal
             (Definition 3.1); ``"soft_frequency"``, its maximum-entropy counterpart at the temperature
-            ``entropy_coeff``, above 0 (also with ``entropy_bonus=False``); ``"marginal"``,
+            ``entropy_coeff``, which must be above 0 (also with ``entropy_bonus=False``); ``"marginal"``,
             ``sum_k w_k (entropy_coeff log pi(a_k) - Q(s, a_k))``; ``"score_function"``, the likelihood-ratio estimate
-            of the same; ``"none"``.
+            of the same; ``"none"``; or a function from a :class:`~torchrl_pmoe.distributions.ScoredProposals` to a
+            loss ``[*B]``.
         routing_coef: factor on the routing loss.
         routing_loss: ``"brier"`` (the paper) or ``"log"``, for the two frequencies.
         num_proposals: draws of each expert, ``M``; frequencies and exponents average over them.
-        num_qvalue_nets: Q-networks that start from different weights; the smallest value counts.
-        qvalue_coeff: factor on ``loss_qvalue``; its distance is the parent's ``loss_critic_type``.
+        num_qvalue_nets: number of Q-networks, which start from different weights; the smallest value counts.
+        qvalue_coeff: factor on ``loss_qvalue``, whose distance is the parent's ``loss_critic_type``.
         **kwargs: of :class:`~torchrl.objectives.ClipPPOLoss`.
 
     Returns (on a call): the parent's keys, ``loss_routing`` and ``loss_qvalue`` (coefficients included) and the
@@ -81,7 +82,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         critic_network: TensorDictModule,
         qvalue_network: TensorDictModule | list[TensorDictModule],
         *,
-        routing: str | RoutingGradient = RoutingGradient.FREQUENCY,
+        routing: str | RoutingGradient | RoutingEstimator = RoutingGradient.FREQUENCY,
         routing_coef: float = 1.0,
         routing_loss: Literal["brier", "log"] = "brier",
         num_proposals: int = 1,
@@ -109,8 +110,8 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
             )
         self.num_qvalue_nets = num_qvalue_nets
         self.qvalue_coeff = qvalue_coeff
-        self._seen: list[tuple[TensorDictBase, NormalMixture]] | None = None
-        # one network alone stays as it is: stacking would draw its weights anew, and costs at every call
+        self._batch_and_mixture: list[tuple[TensorDictBase, NormalMixture]] | None = None
+        # a single network stays as it is: stacking would draw its weights anew and cost time in every call
         self.convert_to_functional(
             self._unlisted(qvalue_network),
             "qvalue_network",
@@ -119,7 +120,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
             compare_against=list(actor_network.parameters()) if self.separate_losses else None,
         )
         self._make_vmap()
-        self._in_keys = None  # the parent has listed them without the Q-network
+        self._in_keys = None  # the parent has listed them without those of the Q-network
 
     def _make_vmap(self) -> None:
         if self.num_qvalue_nets == 1:
@@ -151,11 +152,11 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
     _own_out_keys = ("loss_routing", "loss_qvalue", "routing_entropy", "expert_usage", "best_expert_value")
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple[Tensor, Distribution, Any, Any]:
-        # the parent's forward keeps the mixture and the value target to itself; both pass through here
+        # the parent's forward returns neither the mixture nor its batch with the value target; both pass through here
         found = super()._log_weight(tensordict, adv_shape)
         self._check_mixture(found[1], tensordict)
-        if self._seen is not None:
-            self._seen.append((tensordict, found[1]))
+        if self._batch_and_mixture is not None:
+            self._batch_and_mixture.append((tensordict, found[1]))
         return found
 
     def loss_qvalue(self, tensordict: TensorDictBase) -> Tensor:
@@ -172,7 +173,7 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
         """
         check_critic_keys(self)
         states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
-        if self.separate_losses:  # as the parent does for the value
+        if self.separate_losses:  # as the parent does for the value network
             states = states.detach()
         states = self._vmap_qnetworkN0(states, self.qvalue_network_params)
         value = states.get(self.tensor_keys.state_action_value)
@@ -182,30 +183,32 @@ class PMOEClipPPOLoss(CriticScoredLoss, ClipPPOLoss):
                 f"{type(self).__name__}: the Q-network is fitted to the value target, and there is no "
                 f"{self.tensor_keys.value_target!r} in the input."
             )
-        target = target.expand_as(value)
+        target = target.expand_as(value)  # [*B, 1] to [N, *B, 1]
         return self.qvalue_coeff * distance_loss(value, target, loss_function=self.loss_critic_type).squeeze(-1).sum(0)
 
     @torch.no_grad()
-    def _score(self, tensordict: TensorDictBase, dist: NormalMixture) -> Scored:
+    def _score_fresh_proposals(self, tensordict: TensorDictBase, dist: NormalMixture) -> ScoredProposals:
+        """A draw of every expert in the states ``[*B]`` and its values ``[*M, *B, K]``."""
         proposals = dist.propose(self._draws)
-        value = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
-        return Scored(dist, value, proposals.log_prob() if self._needs_density else torch.zeros_like(value))
+        values = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
+        return self._scored(dist, values, proposals.log_prob)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The parent's losses, ``loss_routing``, ``loss_qvalue`` and the diagnostics.
 
         Args:
-            tensordict: a batch ``[*B]`` of transitions, with advantage and value target or what it takes to find them.
+            tensordict: a batch ``[*B]`` of transitions with advantage and value target, or trajectories for the value
+                estimator to compute them from.
         """
-        self._seen = []
+        self._batch_and_mixture = []
         try:
             losses = super().forward(tensordict)
-            ((batch, dist),) = self._seen
+            ((batch, dist),) = self._batch_and_mixture
         finally:
-            self._seen = None
-        scored = self._score(batch, dist)
-        losses.set("loss_routing", self._reduce_loss(self.routing_coef * self._routing(scored), batch))
+            self._batch_and_mixture = None
+        scored = self._score_fresh_proposals(batch, dist)
+        losses.set("loss_routing", self._reduce_loss(self._loss_routing(scored), batch))
         losses.set("loss_qvalue", self._reduce_loss(self.loss_qvalue(batch), batch))
         losses.update(self._diagnostics(scored))
         self._clear_weakrefs(tensordict, losses, "qvalue_network_params")

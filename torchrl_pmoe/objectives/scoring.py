@@ -1,39 +1,37 @@
-"""Critic-scored routing, written once for every loss that holds critics."""
+"""Critics that score the experts' proposals, and what every critic-scored loss shares."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
-from tensordict.nn import CompositeDistribution, TensorDictModule, dispatch
+from tensordict import NestedKey, TensorDictBase, TensorDictParams, unravel_key
+from tensordict.nn import CompositeDistribution, TensorDictModule
 from torch import Tensor, nn
-from torchrl.data import Composite, TensorSpec
-from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.objectives import LossModule, SACLoss, TQCLoss
+from torchrl.objectives import LossModule, TQCLoss
 from torchrl.objectives.utils import _vmap_func
 
-from torchrl_pmoe.distributions import ExpertProposals, NormalMixture
+from torchrl_pmoe.distributions import NormalMixture
 from torchrl_pmoe.distributions.routing import (
+    RoutingEstimator,
     RoutingGradient,
-    best_proposal,
-    brier_loss,
-    can_look_at,
-    check_routing,
-    log_loss,
-    score_function_loss,
-    soft_frequency,
-    wide,
+    ScoredProposals,
+    find_estimator,
+    host_can_read,
 )
 from torchrl_pmoe.modules.specs import refuse_unknown
-from torchrl_pmoe.objectives.units import action_units, mixture_of
+from torchrl_pmoe.objectives.units import mixture_of
 
-__all__ = ["CriticScoredLoss", "CriticScoredSACLoss", "Scored", "score_proposals"]
+__all__ = [
+    "CriticScoredLoss",
+    "check_critic_keys",
+    "mean_of_quantiles",
+    "score_proposals",
+    "smallest_of_critics",
+]
 
-BACKPROP = ("max", "all", "routed", "weighted")
-ENTROPY_FROM = ("policy", "winner")
 ROUTING_LOSSES = ("brier", "log")
 _DISTANCES = ("l2", "l1", "smooth_l1")
 PARENT_CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -42,19 +40,11 @@ PARENT_CHOICES: dict[str, tuple[str | None, ...]] = {
     "reduction": (None, "mean", "sum", "none"),
     "scalar_output_mode": (None, "exclude", "non_tensor"),
 }
-"""Options of TorchRL's losses that are looked at in the first call only."""
+"""Options that TorchRL's own losses check in the first call only."""
 
 
 Layouts = dict[tuple[int, int, bool], bool]
-"""Whether critics want what comes before the batch folded into it, by the kind of batch; see :func:`_must_fold`."""
-
-
-class Scored(NamedTuple):
-    """Values and log-densities ``[*M, *B, K]`` of the proposals: what the routing loss and the diagnostics read."""
-
-    dist: NormalMixture
-    value: Tensor
-    log_prob: Tensor  # zeros where nothing reads it
+"""Whether critics need the leading dimensions folded into the batch, by the kind of batch; see :func:`_must_fold`."""
 
 
 @torch.no_grad()
@@ -93,7 +83,7 @@ def score_proposals(
     if answers is None:
         answers = loss._scoring_layouts = {}
     action = action.movedim(-2, 0)  # [K, *B, *G, A]
-    # the loss's own parameters: a collector may have put others in place, which TorchRL's cache of them does not know
+    # not TorchRL's cache of them, which does not notice that a collector has put other parameters in place
     value = _values(loss, tensordict, action, 1, loss.qvalue_network_params, reduce, answers)
     return value.movedim(int(per_critic), -1)  # [(N,) K, *B, *G] to [(N,) *B, *G, K]
 
@@ -216,7 +206,7 @@ def _must_fold(loss: Any, states: TensorDictBase, action: Tensor, leading: int, 
     fold = answers.get(kind)
     if fold is not None:
         return fold
-    if not can_look_at(action):
+    if not host_can_read(action):
         return False
     fold = _find_fold(loss, states, action, leading)
     if fold is not None:
@@ -241,7 +231,7 @@ def _find_fold(loss: Any, states: TensorDictBase, action: Tensor, leading: int) 
         # a copy of the weights: a critic may keep statistics
         return _evaluate(loss, states, action, leading, weights.clone(), _each_critic, fold=fold)
 
-    # a critic may draw numbers, which the run must not miss
+    # a critic may draw random numbers, and those of the run must stay as they are
     with torch.random.fork_rng(devices=[action.device] if action.is_cuda else []):
         disturbed = flat + torch.randn_like(flat)
         weights = _random_weights(loss.qvalue_network_params)
@@ -263,7 +253,7 @@ def _find_fold(loss: Any, states: TensorDictBase, action: Tensor, leading: int) 
             if _agree(value[:, -1], alone, value):
                 return fold if value.any() else None
         if ran and not _agree(evaluate(flat[-1], 0, fold=False), alone, alone):
-            return ran[0][0]  # a critic that draws gives no two values alike
+            return ran[0][0]  # a critic that draws random numbers never gives the same value twice
     if ran:
         apart = (ran[0][1] - alone).abs().max().item()
         why = f"a proposal's value beside the others is up to {apart:.2g} from its value alone"
@@ -287,13 +277,13 @@ def _random_weights(params: TensorDictParams) -> TensorDictBase:
 
 
 def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
-    """Whether two values differ by rounding alone, which may be that of another kernel; ``scale`` holds their size."""
+    """Whether two values differ by rounding alone, perhaps of two kernels; ``scale`` has numbers of their size."""
     single = value.is_cuda and value.dtype is torch.float32
     reduced = single and torch.get_float32_matmul_precision() != "highest"
     if reduced or torch.is_autocast_enabled(value.device.type):
         eps = torch.finfo(torch.bfloat16).eps
     elif single:
-        # convolutions and recurrent kernels may round to TF32's ten bits, whatever is asked of matrix products
+        # convolutions and recurrent kernels may round to TF32's ten bits, whatever the setting for matrix products
         eps = torch.finfo(torch.float16).eps
     else:
         eps = torch.finfo(value.dtype).eps
@@ -302,15 +292,15 @@ def _agree(value: Tensor, other: Tensor, scale: Tensor) -> bool:
 
 
 class CriticScoredLoss:
-    """What a loss needs to train a router with its critics as the judges; mixed in before the parent.
+    """Mixin that trains a router by the scores of a loss's critics; name it before TorchRL's loss among the bases.
 
-    The parent brings ``actor_network``, ``qvalue_network`` with its parameters, and the keys ``action`` and
-    ``state_action_value``. A subclass says with :meth:`_reduce_critics` how its critics' outputs become one value, and
-    with :attr:`_temperature` what the soft objective weighs the entropy with. Everything about routing is described in
+    TorchRL's loss has ``actor_network``, ``qvalue_network`` with its parameters, and the keys ``action`` and
+    ``state_action_value``. A subclass defines :meth:`_reduce_critics`, from its critics' outputs to one value, and
+    :attr:`_temperature`, the weight of the entropy in the soft objective. The options are described in
     :class:`~torchrl_pmoe.objectives.PMOESACLoss`.
     """
 
-    # no LossModule itself: its metaclass would put an empty forward before the parent's
+    # not a LossModule itself: the metaclass would put an empty forward before the parent's
     qvalue_network: TensorDictModule
     qvalue_network_params: TensorDictParams
     tensor_keys: Any
@@ -319,8 +309,8 @@ class CriticScoredLoss:
     _make_vmap: Callable[[], None]
 
     def __getstate__(self) -> dict[str, Any]:
-        # TorchRL caches the detached parameters: a copy would go on scoring with those of the original. Its vmapped
-        # network is a local function, which does not pickle
+        # TorchRL caches the detached parameters, and a copy would score with those of the original; the vmapped
+        # network is a local function, which cannot be pickled
         state = {**self.__dict__, "_cache": {}}
         del state["_vmap_qnetworkN0"]
         return state
@@ -332,7 +322,7 @@ class CriticScoredLoss:
     def _set_routing(
         self,
         *,
-        routing: str | RoutingGradient,
+        routing: str | RoutingGradient | RoutingEstimator,
         routing_coef: float,
         routing_loss: Literal["brier", "log"],
         num_proposals: int,
@@ -344,17 +334,7 @@ class CriticScoredLoss:
             raise ValueError(f"{name}: num_proposals={num_proposals!r} must be an integer of at least 1.")
         if not 0.0 <= routing_coef < float("inf"):
             raise ValueError(f"{name}: routing_coef={routing_coef!r} must be finite and not negative.")
-        self.routing = check_routing(
-            routing,
-            supported=(
-                RoutingGradient.FREQUENCY,
-                RoutingGradient.SOFT_FREQUENCY,
-                RoutingGradient.SCORE_FUNCTION,
-                RoutingGradient.MARGINAL,
-                RoutingGradient.NONE,
-            ),
-            owner=name,
-        )
+        self.routing, self._estimator = find_estimator(routing, owner=name)
         self.routing_coef = routing_coef
         self.routing_loss = routing_loss
         self.num_proposals = num_proposals
@@ -368,7 +348,7 @@ class CriticScoredLoss:
 
     @classmethod
     def _check_options(cls, options: Mapping[str, Any], *parents: type) -> None:
-        """Refuse what the parents would not know, or would find out about in the first call only.
+        """Refuse options that the parents do not know, and values that they would refuse in the first call only.
 
         Raises:
             TypeError: for an unknown option.
@@ -401,7 +381,7 @@ class CriticScoredLoss:
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """Keys of the output: the parent's, then ours, so that a call with keywords returns the parent's first."""
+        """Keys of the output: the parent's, then ours. A call with keywords returns a tuple in this order."""
         if self._out_keys is None:
             self._out_keys = [*super().out_keys, *self._own_out_keys]  # type: ignore[misc]
         return self._out_keys
@@ -423,18 +403,13 @@ class CriticScoredLoss:
     def _draws(self) -> tuple[int, ...]:
         return (self.num_proposals,) if self.num_proposals > 1 else ()
 
-    @property
-    def _needs_density(self) -> bool:
-        """Whether the routing reads the proposals' log-densities."""
-        return self.routing not in (RoutingGradient.FREQUENCY, RoutingGradient.NONE)
-
     def _check_mixture(self, dist: Any, tensordict: TensorDictBase) -> None:
         if not isinstance(dist, NormalMixture):
             raise ValueError(
                 f"{type(self).__name__}: the actor must describe a NormalMixture or TanhNormalMixture, "
                 f"got {type(dist).__name__}."
             )
-        # what comes behind the batch is the agents of a group, an action each
+        # the mixture may have more batch dimensions than the tensordict: the agents of a group, an action each
         if dist.batch_shape[: tensordict.ndim] != tensordict.batch_size:
             raise ValueError(
                 f"{type(self).__name__}: every state needs an action, got a mixture of batch shape "
@@ -453,8 +428,8 @@ class CriticScoredLoss:
 
         Args:
             tensordict: states ``[*B]``.
-            action: ``[*M, *B, *G, A]``, or ``[*M, *B, *G, K, A]`` per expert. ``*G`` are the agents of a group, where
-                there are some.
+            action: ``[*M, *B, *G, A]``, or ``[*M, *B, *G, K, A]`` per expert. ``*G`` are the agents of a group, if
+                any.
             per_expert: whether the actions are proposals of the experts.
             draws: dimensions of ``*M``.
 
@@ -469,211 +444,28 @@ class CriticScoredLoss:
         return value.movedim(0, -1)  # [K, *M, *B, *G] to [*M, *B, *G, K]
 
     def score_proposals(self, tensordict: TensorDictBase, action: Tensor, *, per_critic: bool = False) -> Tensor:
-        """:func:`score_proposals` by the critics of this loss: what :class:`BestOfExpertsActor` asks for."""
+        """:func:`score_proposals` by the critics of this loss; :class:`BestOfExpertsActor` takes this method."""
         return score_proposals(self, tensordict, action, per_critic=per_critic)
 
-    def _routing(self, scored: Scored) -> Tensor:
-        """Routing loss ``[*B]`` before its coefficient."""
-        dist, value, log_prob = scored
-        draws = value.ndim > len(dist.batch_shape) + 1
+    def _scored(self, dist: NormalMixture, values: Tensor, log_prob: Tensor | Callable[[], Tensor]) -> ScoredProposals:
+        return ScoredProposals(dist, values, self._temperature, log_prob, self.routing_loss)
 
-        def over_draws(x: Tensor) -> Tensor:
-            return x.mean(0) if draws else x
-
-        if self.routing is RoutingGradient.NONE:
-            return value.new_zeros(dist.batch_shape)
-        if self.routing is RoutingGradient.MARGINAL:
-            return (dist.probs * over_draws(self._temperature * log_prob - value)).sum(-1)
-        if self.routing is RoutingGradient.SCORE_FUNCTION:
-            index = dist.sample_expert(value.shape[:1] if draws else ())
-            return over_draws(score_function_loss(dist.logits, self._temperature * log_prob - value, index))
-        if self.routing is RoutingGradient.FREQUENCY:
-            frequency = over_draws(best_proposal(value))
-        else:
-            # only differences matter to the softmax; those to the best keep a small temperature from overflowing
-            mean = over_draws(wide(value))
-            gap = mean - mean.amax(-1, keepdim=True)
-            temperature = self._temperature.to(gap.dtype).clamp_min(torch.finfo(gap.dtype).tiny)
-            exponent = gap / temperature - over_draws(wide(log_prob))
-            frequency = soft_frequency(exponent, dist.logits if dist.score == "mixture" else None)
-        frequency = frequency.to(dist.logits.dtype)
-        if self.routing_loss == "brier":
-            return brier_loss(dist.probs, frequency)
-        return log_loss(dist.logits, frequency)
+    def _loss_routing(self, scored: ScoredProposals) -> Tensor:
+        """Routing loss ``[*B]``, coefficient included."""
+        loss = self._estimator(scored)
+        if loss.shape != scored.dist.batch_shape:
+            raise ValueError(
+                f"{type(self).__name__}: routing must return a loss of shape {tuple(scored.dist.batch_shape)}, one "
+                f"number for each state, got shape {tuple(loss.shape)}."
+            )
+        return self.routing_coef * loss
 
     @torch.no_grad()
-    def _diagnostics(self, scored: Scored) -> dict[str, Tensor]:
-        log_probs = scored.dist.logits.log_softmax(-1).reshape(-1, scored.dist.num_experts)
+    def _diagnostics(self, scored: ScoredProposals) -> dict[str, Tensor]:
+        log_probs = scored.logits.log_softmax(-1).reshape(-1, scored.dist.num_experts)  # [*B, K] to [B, K]
         probs = log_probs.exp()
         return {
             "routing_entropy": -(probs * log_probs).sum(-1).mean(),
             "expert_usage": probs.mean(0),
-            "best_expert_value": scored.value.amax(-1).mean(),
+            "best_expert_value": scored.values.amax(-1).mean(),
         }
-
-
-class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
-    """What a SAC-like loss adds: the experts learn from the critics' scores too, through ``backprop``."""
-
-    def _set_experts(
-        self,
-        *,
-        backprop: Literal["max", "all", "routed", "weighted"],
-        decoupled: bool,
-        entropy_from: Literal["policy", "winner"],
-    ) -> None:
-        name = type(self).__name__
-        if backprop not in BACKPROP:
-            raise ValueError(f"{name}: backprop={backprop!r} is unknown; allowed: {', '.join(BACKPROP)}.")
-        if entropy_from not in ENTROPY_FROM:
-            raise ValueError(f"{name}: entropy_from={entropy_from!r} is unknown; allowed: {', '.join(ENTROPY_FROM)}.")
-        if not isinstance(decoupled, bool):
-            raise ValueError(f"{name}: decoupled={decoupled!r} must be True or False.")
-        if decoupled and backprop != "max":
-            raise ValueError(
-                f"{name}: decoupled=True goes with backprop='max' alone, which selects by score; got {backprop!r}."
-            )
-        self.backprop = backprop
-        self.decoupled = decoupled
-        self.entropy_from = entropy_from
-        self._set_target_entropy()
-
-    def _set_target_entropy(self) -> None:
-        """Turn ``"auto"`` into a number, and refuse a number that no policy reaches."""
-        target: Any = self._target_entropy
-        units = action_units(self.actor_network, self._action_leaf())
-        if target == "auto":
-            # without a spec the parent says at the first call what it misses
-            if units is not None:
-                delattr(self, "_target_entropy")
-                self.register_buffer("_target_entropy", units.target_entropy(type(self).__name__).to(self.device))
-            return
-        if isinstance(target, Tensor) and target.numel() == 1:
-            target = target.item()
-        if isinstance(target, bool) or not isinstance(target, int | float) or not math.isfinite(target):
-            raise ValueError(f"{type(self).__name__}: target_entropy={target!r} must be 'auto' or a finite number.")
-        largest = math.inf if units is None else units.largest_entropy
-        if target > largest:
-            raise ValueError(
-                f"{type(self).__name__}: target_entropy={target} cannot be reached; it must be at most {largest:.4g}, "
-                "the entropy of the uniform distribution between the action's bounds."
-            )
-
-    def _action_leaf(self) -> TensorSpec | None:
-        """Spec of the action alone, if there is one."""
-        spec = self._action_spec if self._action_spec is not None else getattr(self.actor_network, "spec", None)
-        if isinstance(spec, Composite):
-            key = unravel_key(self.tensor_keys.action)
-            return spec[key] if key in spec.keys(True, True) else None
-        return spec
-
-    @property
-    def _needs_density(self) -> bool:
-        return self.entropy_from == "policy" or super()._needs_density
-
-    @property
-    def _temperature(self) -> Tensor:
-        return self._alpha
-
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the experts through ``backprop``, with the routing loss and the diagnostics as metadata.
-
-        Args:
-            tensordict: a batch ``[*B]``.
-
-        Returns:
-            The loss as ``reduction`` says, and ``log_prob`` ``[*B]`` (minus the entropy that ``entropy_from`` names),
-            ``loss_routing`` and the diagnostics.
-
-        Raises:
-            ValueError: if the actor's distribution is not a mixture.
-        """
-        weights = self._maybe_get_priority_weight(tensordict)
-        with (
-            set_exploration_type(ExplorationType.RANDOM),
-            self.actor_network_params.to_module(self.actor_network, preserve_module_state=False),
-        ):
-            dist = self.actor_network.get_dist(tensordict)
-        self._check_mixture(dist, tensordict)
-        draws = self._draws
-        proposals = dist.propose(draws)
-        if self.backprop in ("max", "routed"):
-            loss, log_prob, scored = self._one_expert(tensordict, dist, proposals)
-        else:
-            loss, log_prob, scored = self._every_expert(tensordict, dist, proposals)
-        if self.entropy_from == "policy":
-            # one draw of each expert, as often as the router draws it: [*M, *B, K] to [*M, *B]
-            log_prob = (dist.probs.detach() * scored.log_prob).sum(-1)
-        if draws:
-            loss, log_prob = loss.mean(0), log_prob.mean(0)
-        loss = self._reduce_loss(loss, tensordict=tensordict, weights=weights)
-        routing = self.routing_coef * self._routing(scored)
-        metadata = {
-            "log_prob": log_prob.detach(),
-            "loss_routing": self._reduce_loss(routing, tensordict=tensordict, weights=weights),
-            **self._diagnostics(scored),
-        }
-        return loss, metadata
-
-    def _one_expert(
-        self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
-    ) -> tuple[Tensor, Tensor, Scored]:
-        with torch.no_grad():
-            value = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
-            draws = value.shape[: -1 - len(dist.batch_shape)]
-            index = value.argmax(-1) if self.backprop == "max" else dist.sample_expert(draws)
-            density = proposals.log_prob() if self._needs_density else torch.zeros_like(value)
-        # the noise that won is not standard normal, so a decoupled loss draws the expert that won anew
-        action, log_prob = proposals.redraw(index) if self.decoupled else proposals.select(index)
-        loss = self._alpha * log_prob - self._critic_value(tensordict, action, per_expert=False, draws=len(draws))
-        return loss, log_prob, Scored(dist, value, density)
-
-    def _every_expert(
-        self, tensordict: TensorDictBase, dist: NormalMixture, proposals: ExpertProposals
-    ) -> tuple[Tensor, Tensor, Scored]:
-        value = self._critic_value(tensordict, proposals.action, per_expert=True, draws=len(self._draws))
-        density = proposals.log_prob()
-        loss = self._alpha * density - value
-        scored = Scored(dist, value.detach(), density.detach())
-        if self.backprop == "all":
-            return loss.mean(-1), density.mean(-1), scored
-        share = dist.probs.detach()
-        return (share * loss).sum(-1), (share * density).sum(-1), scored
-
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The parent's losses, ``loss_routing`` and the diagnostics.
-
-        Args:
-            tensordict: a batch ``[*B]`` of transitions.
-        """
-        check_critic_keys(self)
-        weights = self._maybe_get_priority_weight(tensordict)
-        loss_qvalue, value_metadata = self.qvalue_v2_loss(tensordict)
-        loss_actor, metadata = self.actor_loss(tensordict)
-        log_prob = metadata.pop("log_prob")
-        loss_alpha = self._reduce_loss(self._alpha_loss(log_prob=log_prob), tensordict=tensordict, weights=weights)
-        tensordict.set(self.tensor_keys.priority, value_metadata["td_error"])
-        losses = {
-            "loss_actor": loss_actor,
-            "loss_qvalue": loss_qvalue,
-            "loss_alpha": loss_alpha,
-        }
-        routing = {"loss_routing": metadata.pop("loss_routing")}
-        scalars = {"alpha": self._alpha, "entropy": -log_prob.mean()}
-        if self.reduction == "none":
-            out = TensorDict({**losses, **routing}, batch_size=tensordict.batch_size)
-            if self.scalar_output_mode == "non_tensor":
-                for name, value in {**scalars, **metadata}.items():
-                    out.set_non_tensor(name, value)
-        else:
-            out = TensorDict({**losses, **scalars, **routing, **metadata}, batch_size=[])
-        self._clear_weakrefs(
-            tensordict,
-            out,
-            "actor_network_params",
-            "qvalue_network_params",
-            "target_actor_network_params",
-            "target_qvalue_network_params",
-        )
-        return out

@@ -1,4 +1,4 @@
-"""Independent agents in one call: their losses, vectorised over stacked parameters."""
+"""Several independent agents trained in one call, vectorised over their stacked parameters."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["StackedLoss", "StackedPolicy"]
 
 
 class _OutOfPlaceNormals(TorchFunctionMode):
-    """``torch.distributions`` draws in place, which ``vmap`` refuses; out of place the numbers are the same.
+    """Makes draws of ``torch.distributions`` out of place, because ``vmap`` refuses their in-place ones.
 
-    A mode of this thread's torch functions, between entering and leaving it: nothing of torch itself is changed.
+    The numbers are the same. It is a mode of this thread's torch functions while it is entered; torch is not changed.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,22 +31,22 @@ class _OutOfPlaceNormals(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _drawing(actor: nn.Module) -> AbstractContextManager:
-    """What the draws of an actor need under ``vmap``; ours are out of place, and a mode costs time in every call."""
+def _draws_under_vmap(actor: nn.Module) -> AbstractContextManager:
+    """Context in which an actor can draw under ``vmap``. Our mixtures need none, and a mode costs time."""
     kind, _ = mixture_of(actor)
     ours = isinstance(kind, type) and issubclass(kind, NormalMixture)
     return nullcontext() if ours else _OutOfPlaceNormals()
 
 
 class StackedLoss(LossModule):
-    """``S`` SAC-like losses of one architecture as one: parameters stacked, the call vectorised by ``torch.vmap``.
+    """``S`` losses of one architecture as one loss: their parameters are stacked, ``torch.vmap`` runs the call.
 
-    Every agent has its own weights, targets, temperature, batch and noise. Minimise the sum over agents: their
-    parameters share no gradient, and optimisers that work on single numbers (Adam, the soft update of targets) treat
-    each agent as if it were alone. Works with :class:`~torchrl.objectives.SACLoss` and what inherits from it.
+    Every agent has its own weights, targets, temperature, batch and noise. Minimise the sum over agents: no parameter
+    of one agent has a gradient from another, and Adam and the soft update of targets treat every number by itself, so
+    each agent learns as if it were alone. Works with :class:`~torchrl.objectives.SACLoss` and its subclasses.
 
     Args:
-        losses: one an agent, made alike. They keep their weights of now until :meth:`write_back`.
+        losses: one for each agent, made with the same options. Their own weights change at :meth:`write_back` only.
 
     Raises:
         ValueError: without any loss, or for losses of different shapes.
@@ -62,19 +62,19 @@ class StackedLoss(LossModule):
         if not losses:
             raise ValueError(f"{type(self).__name__}: at least one loss is needed.")
         super().__init__()
-        # what is made in the first call must be there before it is stacked
+        # made in its first call, and it must exist before the losses are stacked
         for loss in losses:
             _ = loss.target_entropy
-            # their targets move here
+            # TorchRL warns about targets without an updater; these targets are updated in the stack
             loss._has_update_associated = dict.fromkeys(loss._has_update_associated, True)
-        # no children: what is trained are the stacked parameters
+        # kept outside nn.Module's children: the stacked parameters are trained, not those of the losses
         self.__dict__["losses"] = list(losses)
         self._make_vmap = False
         states = [_state(loss) for loss in losses]
         shapes = [{key: value.shape for key, value in state.items(True, True)} for state in states]
         if any(other != shapes[0] for other in shapes):
             raise ValueError(f"{type(self).__name__}: losses must have parameters of the same shapes.")
-        self._own: list[str] = []
+        self._stacked_names: list[str] = []
         for name, first in states[0].items():
             entries = [state.get(name).detach() for state in states]
             if isinstance(first, Tensor):
@@ -84,9 +84,9 @@ class StackedLoss(LossModule):
             else:
                 setattr(self, name, TensorDictParams(TensorDict.stack(entries).clone(), no_convert=True))
             if name.startswith("target_"):
-                # TorchRL asks it whether a SoftUpdate has been made
+                # TorchRL asks this table whether a SoftUpdate has been made
                 self._has_update_associated[name.removeprefix("target_").removesuffix("_params")] = False
-            self._own.append(name)
+            self._stacked_names.append(name)
 
     def _register(self, name: str, value: Tensor, *, trained: bool) -> None:
         if trained:
@@ -100,43 +100,43 @@ class StackedLoss(LossModule):
         return len(self.losses)
 
     def stacked(self) -> TensorDict:
-        """All that is stacked, every entry with ``S`` first."""
-        return TensorDict({name: getattr(self, name) for name in self._own}, batch_size=[self.num_agents])
+        """All stacked parameters and buffers, with ``S`` as first dimension."""
+        return TensorDict({name: getattr(self, name) for name in self._stacked_names}, batch_size=[self.num_agents])
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Outputs of the losses, each with ``S`` first, for batches ``[S, B]``."""
+        """Outputs of the losses, with ``S`` as first dimension, for batches ``[S, B]``."""
         template = self.losses[0]
 
         def single(params: TensorDictBase, batch: TensorDictBase) -> TensorDictBase:
-            # TorchRL caches detached parameters, which belong to the call that made them
+            # TorchRL caches detached parameters; those of another call must not be used
             template.__dict__["_cache"] = {}
             with params.to_module(template):
                 return template(batch)
 
-        with _drawing(template.actor_network):
+        with _draws_under_vmap(template.actor_network):
             found = torch.vmap(single, (0, 0), randomness="different")(self.stacked(), tensordict)
         template.__dict__["_cache"] = {}
         return found
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Put every agent's parameters of now into its loss, and so into the actor and critics that it was made of."""
+        """Copy every agent's parameters into its loss, and so into the actor and the critics of that loss."""
         for index, loss in enumerate(self.losses):
             _state(loss).data.update_(self.stacked()[index].data)
             loss.__dict__["_cache"] = {}
 
 
 def _state(loss: SACLoss) -> TensorDict:
-    """Parameters, targets, temperature; the value estimator's constants are the same for all."""
+    """Parameters, targets and temperature, without the value estimator, whose constants all agents share."""
     return TensorDict.from_module(loss).exclude("_value_estimator")
 
 
 class StackedPolicy(TensorDictModuleBase):
-    """The actors of a :class:`StackedLoss` on the rows of one batch of environments, agent by agent.
+    """The actors of a :class:`StackedLoss`, each acting in its own rows of one batch of environments.
 
     Args:
-        loss: its parameters are read at every call. The rows ``[S * N]`` are ``N`` of the first agent, ``N`` of the
-            second, and so on.
+        loss: its parameters are read at every call. Of the rows ``[S * N]`` the first ``N`` belong to the first agent,
+            the next ``N`` to the second, and so on.
     """
 
     def __init__(self, loss: StackedLoss) -> None:
@@ -154,7 +154,7 @@ class StackedPolicy(TensorDictModuleBase):
                 return actor(states).get("action")
 
         params = self.loss.actor_network_params.data
-        states = tensordict.select("observation").reshape(self.loss.num_agents, -1)
-        with _drawing(actor):
+        states = tensordict.select("observation").reshape(self.loss.num_agents, -1)  # [S N] to [S, N]
+        with _draws_under_vmap(actor):
             action = torch.vmap(single, (0, 0), randomness="different")(params, states)
-        return tensordict.set("action", action.flatten(0, 1))
+        return tensordict.set("action", action.flatten(0, 1))  # [S, N, A] to [S N, A]

@@ -1,4 +1,4 @@
-"""The units of an action: what an entropy in nats means between given bounds."""
+"""The units of an action, which an entropy in nats depends on."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class ActionUnits:
 
     @property
     def largest_entropy(self) -> float:
-        """That of the uniform distribution between the bounds, the smallest of all agents; infinite without bounds."""
+        """Entropy of the uniform distribution between the bounds, the smallest of all agents'; infinite without."""
         if not self.bounded:
             return math.inf
         return self.log_half_widths.min().item() + self.action_size * math.log(2.0)
 
     def target_entropy(self, owner: str) -> Tensor:
-        """``-A`` nats of actions scaled to ``[-1, 1]``, in the action's own units, ``[]`` or ``[*agents]``.
+        """The entropy of ``-A`` nats for actions in ``[-1, 1]``, in the action's own units, ``[]`` or ``[*agents]``.
 
         Raises:
-            ValueError: if a bound is not above the other.
+            ValueError: if a lower bound is not below its upper bound.
         """
         if not self.log_half_widths.isfinite().all():
             raise ValueError(f"{owner}: target_entropy='auto' needs bounds with low below high in every dimension.")
@@ -51,7 +51,7 @@ class ActionUnits:
 
 
 def mixture_of(actor: nn.Module) -> tuple[Any, dict[str, Any]]:
-    """The class and the options of an actor's distribution, looked for in a ``functools.partial`` too."""
+    """The class and the options of an actor's distribution, also of a ``functools.partial``."""
     heads = [module for module in actor.modules() if isinstance(module, ProbabilisticTensorDictModule)]
     if not heads:
         return None, {}
@@ -63,17 +63,17 @@ def mixture_of(actor: nn.Module) -> tuple[Any, dict[str, Any]]:
 
 
 def action_units(actor: nn.Module, spec: TensorSpec | None) -> ActionUnits | None:
-    """The units of what ``actor`` draws.
+    """The units of the actions that ``actor`` draws.
 
-    The bounds are those of its distribution where that has some, else those of the spec; without any, or with
-    infinite ones, the action's own units count.
+    The bounds are those of its distribution if it has some, otherwise those of the spec. Without bounds, or with
+    infinite ones, the half-width is taken as 1.
 
     Args:
-        actor: whose last probabilistic module names the distribution.
+        actor: its last probabilistic module names the distribution.
         spec: of the action, if there is one.
 
     Returns:
-        ``None`` if nothing tells the size of the action.
+        ``None`` if neither tells the size of the action.
     """
     kind, kwargs = mixture_of(actor)
     bounded = isinstance(kind, type) and issubclass(kind, TanhNormalMixture | TanhNormal)
@@ -86,7 +86,7 @@ def action_units(actor: nn.Module, spec: TensorSpec | None) -> ActionUnits | Non
     shape = spec.shape if spec is not None and spec.shape else half.shape
     if not shape:
         return None
-    log_half = half.expand(*half.shape[:-1], shape[-1]).log().sum(-1)
+    log_half = half.expand(*half.shape[:-1], shape[-1]).log().sum(-1)  # [*agents, A] to [*agents]
     # one number where all agents have the same bounds
     if (log_half == log_half.flatten()[0]).all():
         log_half = log_half.flatten()[0]

@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from hydra.core.config_store import ConfigStore
+from parts.errors import UsageError
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
-
-from parts.errors import UsageError
 
 __all__ = [
     "Device",
