@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from parts.figures import mpl, subplots
 from parts.intervals import interquartile_mean, probability_of_improvement
-from routes_report import LABELS, POLICY_STYLES, STYLE
+from parts.routes_report import LABELS, POLICY_STYLES, STYLE
 
 COLUMNS = ("entropy", "success", "effective_routes")
 

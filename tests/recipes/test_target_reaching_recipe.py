@@ -6,21 +6,24 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import recipe_runs
 import torch
-from hydra import compose, initialize_config_dir
-from recipe_runs import RECIPES, assert_one_line, common
+from recipe_runs import RECIPES, UsageError, assert_one_line
+
+from torchrl_pmoe.envs import BatchedTargetReachingEnv
+from torchrl_pmoe.runs.acting import Acted
 
 sys.path.insert(0, str(RECIPES / "benchmarks"))
 
 import matched_routes  # isort: skip
-import routes_report  # isort: skip
-import sac_pmoe  # isort: skip
 import target_reaching  # isort: skip
+from config.sac_pmoe import DEFAULTS, PAPER, SACConfig, refuse_target_entropy  # isort: skip
+from parts import route_episodes, routes_report  # isort: skip
 
 start = partial(recipe_runs.start, "target_reaching")
 
@@ -39,10 +42,12 @@ SMALL = [
 PICTURES = ["trajectories", "experts", "exploration", "learning_curves", "routes"]
 
 
-def configs(*overrides: str) -> dict:
-    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
-        cfg = compose("target_reaching", overrides=list(overrides))
-    return target_reaching.resolve_config(cfg)
+def configs(*overrides: str) -> dict[str, SACConfig]:
+    """The config of every training, after what the recipe looks at before the first."""
+    cfg = recipe_runs.composed(target_reaching, *overrides)
+    found = target_reaching.resolve(cfg)
+    refuse_target_entropy(cfg, target_reaching.make_task(cfg, 1).action_spec.shape[-1])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -122,35 +127,43 @@ def test_other_records_in_the_same_folder_are_refused(two_policies, override, li
     run, _ = two_policies
     cfg = configs(*SMALL[:-1], "policies=[gaussian]", override)["gaussian-seed0"]
     asked = {"episodes": 12, "exploration_frames": 400} | {key: int(value) for key, value in [override.split("=")]}
-    with pytest.raises(common.UsageError) as error:
+    with pytest.raises(UsageError) as error:
         target_reaching.finished(cfg, run / "gaussian-seed0", **asked)
     assert str(error.value).startswith(line)
 
 
 def test_entropy_is_that_of_agents_still_on_their_way():
-    env = target_reaching.make_env(next(iter(configs("policies=[gaussian]").values())), 2)
+    env = BatchedTargetReachingEnv(2)
 
-    def act(observation):
+    def act(states):
         # straight up, then over the disc and down into the target: the agents arrive, log-densities say when
-        x, y = observation[:, :1], observation[:, 1:2]
+        x, y = states["observation"][:, :1], states["observation"][:, 1:2]
         up, right = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
         action = torch.where((y < 0.5) & (x < 0), up, torch.where(x < 0.7, right, -up))
-        return action, torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), 2.0)
+        return Acted(states.set("action", action), torch.zeros(len(x), dtype=torch.int64), None)
 
-    found = target_reaching.roll(env, act, seed=0)
+    actor = SimpleNamespace(get_dist=lambda states: SimpleNamespace(log_prob=lambda action: 2.0 + 0 * action[:, 0]))
+    found = route_episodes.roll(env, actor, act, seed=0)
     assert found["success"].all()
     steps = (found["expert"] >= 0).sum(1)
     assert (np.isfinite(found["log_prob"]).sum(1) == steps).all()
+    assert np.nanmean(found["log_prob"]) == 2.0
     assert steps.max() < 40
 
 
 def test_routes_start_where_the_task_says_even_if_training_starts_anywhere(tmp_path):
-    cfg = configs("policies=[gaussian]", "env_kwargs.start=random", "network.hidden_sizes=[8]")["gaussian-seed0"]
-    env = target_reaching.make_env(cfg, 1)
-    actor = sac_pmoe.build_actor(cfg, env.action_spec_unbatched, 4)
-    recorded = target_reaching.record_episodes(cfg, actor, 5)
-    assert (recorded["stochastic_path"][:, 0] == recorded["stochastic_path"][0, 0]).all()
-    assert cfg.env_kwargs.start == "random"
+    short = ["total_frames=80", "exploration_frames=80", "collector.init_random_frames=40", "optim.batch_size=8"]
+    asked = ["logger.eval_interval=80", "logger.eval_episodes=1", "network.hidden_sizes=[8]", "device=cpu"]
+    cfg = configs("policies=[gaussian]", "env_kwargs.start=random", *short, *asked)["gaussian-seed0"]
+    cfg.logger.progress_bar = False
+    target_reaching.train(cfg, tmp_path / "run", 12, 80)
+    with np.load(tmp_path / "run" / "episodes.npz") as recorded:
+        path, visited = recorded["stochastic_path"], recorded["visited"]
+    assert len(path) == 12
+    assert (path[:, 0] == path[0, 0]).all()
+    # a step is 0.1: the first places of the eight environments are of other starts
+    assert np.abs(visited[:8] - path[0, 0]).max() > 0.2
+    assert cfg.env_kwargs["start"] == "random"
 
 
 def test_each_policy_is_what_its_name_says():
@@ -164,9 +177,9 @@ def test_each_policy_is_what_its_name_says():
         "mcp-seed5": ("mcp", None, None, None),
         "pmoe_all-seed5": ("pmoe", "frequency", "all", "mixture"),
         "pmoe_max-seed5": ("pmoe", "frequency", "max", "mixture"),
-        "pmoe-seed5": ("pmoe", *(sac_pmoe.DEFAULTS[key] for key in ("routing", "backprop", "score"))),
-        "pmoe_decoupled-seed5": ("pmoe", *(sac_pmoe.DEFAULTS[key] for key in ("routing", "backprop", "score"))),
-        "pmoe_paper-seed5": ("pmoe", *(sac_pmoe.PAPER[key] for key in ("routing", "backprop", "score"))),
+        "pmoe-seed5": ("pmoe", *(DEFAULTS[key] for key in ("routing", "backprop", "score"))),
+        "pmoe_decoupled-seed5": ("pmoe", *(DEFAULTS[key] for key in ("routing", "backprop", "score"))),
+        "pmoe_paper-seed5": ("pmoe", *(PAPER[key] for key in ("routing", "backprop", "score"))),
         "pmoe_soft-seed5": ("pmoe", "soft_frequency", "weighted", "mixture"),
     }
     assert {name for name, cfg in runs.items() if cfg.loss.decoupled} == {
@@ -177,7 +190,7 @@ def test_each_policy_is_what_its_name_says():
         "pmoe_paper-seed5", "pmoe_paper-seed6",
     }  # fmt: skip
     assert {cfg.seed for cfg in runs.values()} == {5, 6}
-    assert {cfg.env_kwargs.layout for cfg in runs.values()} == {"one"}
+    assert {cfg.env_kwargs["layout"] for cfg in runs.values()} == {"one"}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +214,7 @@ def test_each_policy_is_what_its_name_says():
     ],
 )
 def test_bad_input_is_refused_in_one_line(override, line):
-    with pytest.raises(common.UsageError) as error:
+    with pytest.raises(UsageError) as error:
         configs(override)
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
@@ -213,7 +226,7 @@ def test_cells_count_each_square_once():
 
 
 def test_routes_are_counted_over_successful_episodes_alone():
-    task = target_reaching.make_env(next(iter(configs("policies=[gaussian]").values())), 1).task
+    task = BatchedTargetReachingEnv(1).task
     above = np.array([[-0.8, 0.0], [-0.4, 0.6], [0.4, 0.6], [0.8, 0.05]])
     below = above * [1, -1]
     lost = np.array([[-0.8, 0.0], [-0.9, 0.0], [-0.9, 0.5], [-0.9, -0.5]])

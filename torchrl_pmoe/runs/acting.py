@@ -152,8 +152,7 @@ class WatchedPolicy(TensorDictModuleBase):
         super().__init__()
         self.in_keys, self.out_keys = ["observation"], ["action"]
         self.act = act
-        self._experts: list[Tensor] = []
-        self._weights: list[Tensor] = []
+        self.clear()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``action``."""
@@ -167,8 +166,13 @@ class WatchedPolicy(TensorDictModuleBase):
     def pop(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Experts ``[T]`` and weights ``[T, K]`` of the steps since the last call, ``None`` where there are none."""
         experts, weights = (torch.cat(rows).cpu().numpy() if rows else None for rows in (self._experts, self._weights))
-        self._experts, self._weights = [], []
+        self.clear()
         return experts, weights
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        self._experts: list[Tensor] = []
+        self._weights: list[Tensor] = []
 
 
 # ------------------------------------------------------------------------------------------------ episodes

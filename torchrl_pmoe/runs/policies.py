@@ -258,7 +258,7 @@ class LoadedPolicy(TensorDictModuleBase):
         observation = tensordict.get("observation")
         # an environment may show float64
         acted = self._raw(tensordict.set("observation", observation.to(self._dtype)))
-        self.watched.pop()
+        self.watched.clear()
         return acted.set("observation", observation)
 
 

@@ -1,0 +1,416 @@
+"""A policy that was loaded acts as the one that was trained."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.checkpoint import CheckpointError
+from torchrl.data import Bounded
+from torchrl.envs import GymEnv, SerialEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import MLP, TanhNormal
+
+from torchrl_pmoe import PMOEActor
+from torchrl_pmoe.runs import Evaluator, PolicyParts, SavedPolicies, VerifiedCheckpoint, construct, load_policy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import recipe_runs  # isort: skip
+import dac  # isort: skip
+import ppo_pmoe  # isort: skip
+import sac_many_seeds  # isort: skip
+import sac_pmoe  # isort: skip
+
+SAC = [
+    "env=Pendulum-v1",
+    "num_experts=3",
+    "total_frames=60",
+    "network.hidden_sizes=[8,8]",
+    "network.head_init=1.0",
+    "optim.batch_size=8",
+    "collector.init_random_frames=20",
+    "logger.eval_interval=60",
+    "checkpoint.interval=60",
+]
+PPO = [*recipe_runs.SMALL_PPO, "total_frames=128", "logger.eval_interval=128", "network.head_gain=1.0"]
+RUNS = {
+    "pmoe": (sac_pmoe, SAC),
+    "gaussian": (sac_pmoe, [*SAC, "policy=gaussian"]),
+    "gating": (sac_pmoe, [*SAC, "policy=gating", "env=Hopper-v4"]),
+    "best_of_experts": (sac_pmoe, [*SAC, "acting=best_of_experts"]),
+    "ppo": (ppo_pmoe, [*PPO, "num_experts=3"]),
+    "ppo bounded": (ppo_pmoe, [*PPO, "policy=gaussian", "actions=bounded"]),
+    "dac": (dac, PPO),
+    "dac largest": (dac, [*PPO, "logger.eval_option=largest"]),
+    "two agents": (sac_many_seeds, [*SAC, "num_seeds=2"]),
+}
+EPISODES, STEPS = 2, 30
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trains one of the runs, once: its directory, and the agents as they are in memory."""
+    made = {}
+
+    def train(name):
+        if name not in made:
+            recipe, overrides = RUNS[name]
+            run, agents, transforms = tmp_path_factory.mktemp("run"), [], []
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                redirect_stdout(StringIO()),
+                redirect_stderr(StringIO()),
+            ):
+                build, make = recipe.build_agent, getattr(recipe, "build_env", None)
+
+                def build_agent(*given):
+                    actor, *_, loss = built = build(*given)
+                    agents.append(SimpleNamespace(actor=actor, loss=loss))
+                    return built
+
+                patch.setattr(recipe, "build_agent", build_agent)
+                if make is not None:
+                    patch.setattr(recipe, "build_env", lambda cfg: transforms.append(make(cfg)) or transforms[-1])
+                evaluated = [f"logger.eval_episodes={EPISODES}", f"logger.eval_max_steps={STEPS}"]
+                recipe_runs.run_here(recipe, run, *overrides, "seed=3", *evaluated)
+            for agent, (_, transform) in zip(agents, transforms, strict=False):
+                agent.transform = transform
+            made[name] = run, agents
+        return made[name]
+
+    return train
+
+
+def normalized(agent, observation):
+    """By the statistics that the training ended with."""
+    if not hasattr(agent, "transform"):
+        return observation
+    found = agent.transform.observations
+    return ((observation - found.mean) / (found.var + 1e-8).sqrt()).clamp(-10, 10).float()
+
+
+def seen(name, number=50):
+    """Observations as the environment of a run has them."""
+    torch.manual_seed(1)
+    return torch.randn(number, 11 if name == "gating" else 3)
+
+
+def raw(name, action):
+    return action.clamp(-1, 1) * (1.0 if name == "gating" else 2.0)
+
+
+def asked(actor, observation, kind=ExplorationType.DETERMINISTIC):
+    with torch.no_grad(), set_exploration_type(kind):
+        return actor(TensorDict(observation=observation, batch_size=observation.shape[:1]))["action"]
+
+
+def loaded_action(policy, observation):
+    return policy(TensorDict(observation=observation, batch_size=observation.shape[:1]))["action"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_loaded_policy_has_the_returns_that_its_run_has_written_down(name, trained):
+    run, agents = trained(name)
+    for seed in range(3, 3 + len(agents)):
+        policy = load_policy(run, agent=seed)
+        directory = run / f"seed{seed}" if name == "two agents" else run
+        with (directory / "metrics.csv").open(newline="") as file:
+            row = list(csv.DictReader(file))[-1]
+        evaluator = Evaluator(
+            policy.env, policy.in_unit_box, episodes=EPISODES, max_steps=policy.max_steps, seed=seed + 1_000_000
+        )
+        returns = evaluator()
+        assert returns.mean().item() == pytest.approx(float(row["return_mean"]), rel=1e-5)
+        assert returns.std(correction=0).item() == pytest.approx(float(row["return_std"]), rel=1e-4)
+        evaluator.close()
+
+
+@pytest.mark.parametrize("name", ["pmoe", "gaussian", "gating", "ppo", "ppo bounded"])
+@pytest.mark.parametrize("kind", ["deterministic", "stochastic"])
+def test_a_loaded_policy_reads_and_writes_the_units_of_the_environment(name, kind, trained):
+    run, (agent,) = trained(name)
+    policy, observation = load_policy(run, act=kind), seen(name)
+    exploration = ExplorationType.RANDOM if kind == "stochastic" else ExplorationType.DETERMINISTIC
+    torch.manual_seed(5)
+    expected = raw(name, asked(agent.actor, normalized(agent, observation), exploration))
+    torch.manual_seed(5)
+    torch.testing.assert_close(loaded_action(policy, observation), expected, rtol=1e-4, atol=1e-5)
+    assert policy.kind == kind
+
+
+@pytest.mark.parametrize("name", ["pmoe", "ppo"])
+def test_a_drawn_expert_acts_by_its_mean_and_is_drawn_by_the_router(name, trained):
+    run, (agent,) = trained(name)
+    policy, observation = load_policy(run, act="drawn"), seen(name, 1).expand(4000, 3).clone()
+    with torch.no_grad():
+        states = TensorDict(observation=normalized(agent, observation[:1]), batch_size=[1])
+        dist = agent.actor.get_dist(states)
+        means, probs = raw(name, dist.expert_mode[0]), dist.logits.softmax(-1)[0]
+    action = loaded_action(policy, observation)
+    near = (action.unsqueeze(1) - means).abs().squeeze(-1)  # [4000, K]
+    assert near.amin(1).max() < 1e-5
+    torch.testing.assert_close(near.argmin(1).bincount(minlength=3) / 4000, probs, rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize("name", ["pmoe", "ppo", "gating"])
+def test_one_expert_acts_alone_by_its_mean(name, trained):
+    run, (agent,) = trained(name)
+    observation = seen(name)
+    with torch.no_grad():
+        _, loc, _ = agent.actor._experts()(normalized(agent, observation))
+    bounded = name != "ppo"
+    for expert in range(3):
+        expected = raw(name, loc[:, expert].tanh() if bounded else loc[:, expert])
+        action = loaded_action(load_policy(run, act=expert), observation)
+        torch.testing.assert_close(action, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_critics_choose_where_they_did_in_training(trained):
+    run, (agent,) = trained("best_of_experts")
+    policy, observation = load_policy(run), seen("best_of_experts")
+    with torch.no_grad():
+        proposals = agent.actor.get_dist(TensorDict(observation=observation, batch_size=50)).expert_mode
+    network, values = agent.loss.qvalue_network, torch.empty(50, 3)
+    for expert in range(3):
+        critics = []
+        for params in agent.loss.qvalue_network_params.data.unbind(0):
+            with torch.no_grad(), params.to_module(network, preserve_module_state=False):
+                critics.append(network(observation, proposals[:, expert]).squeeze(-1))
+        values[:, expert] = torch.stack(critics).amin(0)
+    chosen = values.argmax(-1)
+    assert len(chosen.unique()) > 1
+    expected = raw("best_of_experts", proposals[torch.arange(50), chosen])
+    torch.testing.assert_close(loaded_action(policy, observation), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_options_are_carried_from_step_to_step(trained):
+    """Along an episode of the environment as it was made, the likeliest option each time."""
+    run, (agent,) = trained("dac largest")
+    policy, env = load_policy(run), GymEnv("Pendulum-v1")
+    env.set_seed(0)
+    played = env.rollout(20, policy)
+    option = None
+    for step in played:
+        with torch.no_grad():
+            high = agent.actor.get_policy(
+                TensorDict(observation=normalized(agent, step["observation"])[None], batch_size=1)
+            )
+        probs = high.logits.softmax(-1)[0]
+        if option is not None:
+            ends = high.termination_logits.sigmoid()[0, option]
+            probs = ends * probs + (1 - ends) * nn.functional.one_hot(torch.tensor(option), len(probs))
+        option = int(probs.argmax())
+        torch.testing.assert_close(step["action"], 2 * high.loc[0, option].clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_loaded_policy_plays_in_an_environment_of_float64(trained):
+    run, (agent,) = trained("gating")
+    env = GymEnv("Hopper-v4")
+    played = env.rollout(5, load_policy(run))
+    assert played["observation"].dtype == torch.float64
+    torch.testing.assert_close(
+        played["action"], asked(agent.actor, played["observation"].float()), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("act", ["deterministic", "drawn", "stochastic", 1])
+def test_a_loaded_policy_plays_in_one_environment_and_in_several(act, trained):
+    policy = load_policy(trained("pmoe")[0], act=act)
+    assert GymEnv("Pendulum-v1").rollout(3, policy)["action"].shape == (3, 1)
+    assert SerialEnv(2, lambda: GymEnv("Pendulum-v1")).rollout(3, policy)["action"].shape == (2, 3, 1)
+    # and keeps nothing of the steps
+    assert policy.watched.pop() == (None, None)
+
+
+def test_a_path_may_be_relative_and_a_policy_tells_where_it_is_from(trained, monkeypatch):
+    run, _ = trained("pmoe")
+    policy = load_policy(str(run))
+    assert (policy.env, policy.env_kwargs, policy.seed, policy.kind, policy.max_steps) == (
+        "Pendulum-v1", {}, 3, "deterministic", STEPS,
+    )  # fmt: skip
+    checkpoint = run / "checkpoints" / "checkpoint-000000000060"
+    assert policy.checkpoint == checkpoint
+    assert load_policy(checkpoint).checkpoint == checkpoint
+    monkeypatch.chdir(run / "checkpoints")
+    assert load_policy(checkpoint.name).checkpoint.samefile(checkpoint)
+
+
+def test_nothing_of_the_process_is_changed(trained):
+    run, _ = trained("best_of_experts")
+    torch.set_num_threads(3)
+    torch.distributions.Distribution.set_default_validate_args(True)
+    torch.manual_seed(4)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    try:
+        policy = load_policy(run)
+        assert torch.get_num_threads() == 3
+        assert torch.distributions.Distribution._validate_args
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+        assert random.getstate() == before[2]
+        assert torch.is_grad_enabled()
+        assert not loaded_action(policy, seen("best_of_experts")).requires_grad
+    finally:
+        torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------- input
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"agent": 7}, "agent=7: must be one of the seeds 3"),
+        ({"act": "wildly"}, "act='wildly': must be one of deterministic, drawn, stochastic or the number of an expert"),
+        ({"act": 3}, "act=3: must be one of deterministic, drawn, stochastic or an expert below 3"),
+        ({"act": -1}, "act=-1: must be one of deterministic, drawn, stochastic or an expert below 3"),
+        ({"act": True}, "act=True: must be one of deterministic, drawn, stochastic or the number of an expert"),
+    ],
+)
+def test_what_a_run_does_not_have_is_told_in_one_line(given, line, trained):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_policy(trained("pmoe")[0], **given)
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize("name", ["gaussian", "dac"])
+def test_a_policy_without_experts_has_none_to_act(name, trained):
+    with pytest.raises(ValueError, match=r"^act=0: must be one of deterministic, drawn, stochastic$"):
+        load_policy(trained(name)[0], act=0)
+
+
+def test_one_of_several_agents_must_be_named(trained):
+    run, _ = trained("two agents")
+    for given, line in (({}, "agent: must be given, one of"), ({"agent": 5}, "agent=5: must be one of")):
+        with pytest.raises(ValueError, match=f"^{line} the seeds 3, 4$"):
+            load_policy(run, **given)
+
+
+def test_a_run_without_a_checkpoint_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match=f"^{tmp_path} has no checkpoint$"):
+        load_policy(tmp_path)
+    checkpoint = VerifiedCheckpoint(net=nn.Linear(2, 1)).save(tmp_path / "checkpoints" / "checkpoint-000000000001")
+    with pytest.raises(CheckpointError, match="agents") as error:
+        load_policy(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------- blueprints
+
+SPEC = Bounded(-torch.ones(2), torch.ones(2), (2,))
+
+
+def saved(directory, actor):
+    """A checkpoint of an actor alone."""
+    parts = PolicyParts(actor, 0, "Pendulum-v1", {}, "deterministic", low=-torch.ones(2), high=torch.ones(2))
+    checkpoint = VerifiedCheckpoint()
+    SavedPolicies([parts]).register(checkpoint)
+    return checkpoint.save(directory / "checkpoints" / "checkpoint-000000000001")
+
+
+def test_what_was_noted_is_made_again():
+    given = {"num_cells": [5], "activation_class": nn.ELU}
+    layer = construct(MLP, in_features=3, out_features=2, device="cpu", **given)
+    note = json.loads(layer.blueprint)
+    assert note == {
+        "new": "torchrl.modules.models.models.MLP",
+        "args": [],
+        "kwargs": {
+            "in_features": 3,
+            "out_features": 2,
+            "num_cells": [5],
+            "activation_class": {"class": "torch.nn.modules.activation.ELU"},
+        },
+    }
+
+
+def test_an_actor_is_made_on_the_device_that_is_asked_for(device, tmp_path):
+    actor = construct(PMOEActor, 2, spec=SPEC, in_features=3, router=construct(nn.Linear, 3, 2), num_cells=(4,))
+    policy = load_policy(saved(tmp_path, actor), device=device)
+    assert {parameter.device.type for parameter in policy.actor.parameters()} == {device.type}
+    observation = torch.randn(5, 3)
+    action = loaded_action(policy, observation.to(device))
+    assert action.device.type == device.type
+    torch.testing.assert_close(action.cpu(), asked(actor, observation))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "subprocess.Popen",
+        "builtins.exec",
+        "os.system",
+        "torch.nn.modules.nope.Nope",
+        "torch.nn.modules.module.Nope",
+        # a class that such a module has imported
+        "torch.nn.modules.module.OrderedDict",
+        "torch.nn.modules.module.functools.partial",
+        "tensordict.nn.common.Path",
+        # no module of a network: reads a file, starts an environment, loads from the net
+        "torchrl.envs.libs.gym.GymEnv",
+        "torchrl.record.loggers.csv.CSVLogger",
+        "torchrl.envs.transforms.r3m.R3MTransform",
+        "torchrl.modules.llm.policies.transformers_wrapper.TransformersWrapper",
+        # no module at all
+        "torchrl.modules.distributions.continuous.TanhNormal",
+        "torchrl_pmoe_evil.Layer",
+        "",
+        "Linear",
+    ],
+)
+def test_a_blueprint_names_networks_and_nothing_else(name, tmp_path):
+    actor = construct(nn.Linear, 3, 2)
+    actor.blueprint = json.dumps({"new": name, "args": [], "kwargs": {}})
+    checkpoint = saved(tmp_path, actor)
+    with pytest.raises(CheckpointError) as error:
+        load_policy(checkpoint)
+    assert str(error.value) == f"{name} is no class that a policy is made of"
+
+
+@pytest.mark.parametrize("name", ["subprocess.Popen", "torchrl.envs.libs.gym.GymEnv", "torch.nn.modules.module.Any"])
+def test_a_class_in_a_blueprint_is_one_of_networks_and_distributions(name, tmp_path):
+    actor = construct(MLP, in_features=3, out_features=2, activation_class=nn.ELU)
+    actor.blueprint = actor.blueprint.replace("torch.nn.modules.activation.ELU", name)
+    with pytest.raises(CheckpointError, match="is no class that a policy is made of"):
+        load_policy(saved(tmp_path, actor))
+
+
+class Own(nn.Linear):
+    """A user's."""
+
+
+def test_what_cannot_be_made_again_is_refused_at_once():
+    for given in ({"activation_class": Own}, {"activation_class": gym.Env}, {"activation_class": lambda: nn.ELU()}):
+        with pytest.raises(TypeError, match=r"^construct: "):
+            construct(MLP, in_features=3, out_features=2, **given)
+    with pytest.raises(TypeError, match=r"^construct: .*Own is no class of PyTorch, "):
+        construct(Own, 3, 2)
+    assert construct(MLP, in_features=3, out_features=2, activation_class=TanhNormal, depth=0).blueprint
+
+
+def test_an_actor_of_ones_own_is_given_and_takes_the_weights(tmp_path):
+    def make(cells):
+        return PMOEActor(2, spec=SPEC, in_features=3, num_cells=cells)
+
+    actor = make((4,))
+    checkpoint, observation = saved(tmp_path, actor), torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"^actor: must be given, the run's own was not made by "):
+        load_policy(checkpoint)
+    policy = load_policy(checkpoint, actor=make((4,)))
+    torch.testing.assert_close(loaded_action(policy, observation), asked(actor, observation))
+    with pytest.raises(ValueError, match=r"^actor: must have the parameters of the run's own ") as error:
+        load_policy(checkpoint, actor=make((5,)))
+    assert "\n" not in str(error.value)
