@@ -20,8 +20,8 @@ class BatchedTargetReachingEnv(EnvBase):
     """``num_envs`` agents of :class:`TargetReachingEnv`, stepped as one tensor on any device.
 
     Reads ``action`` ``[N, 2]``; writes ``observation`` ``[N, 4]``, ``is_success`` ``[N, 1]`` (bool), ``reward``,
-    ``done``, ``terminated`` and ``truncated``. A ``"_reset"`` mask resets the rows it names. Actions are clipped to
-    their bounds. The agents' ``position`` ``[N, 2]`` and ``steps`` ``[N, 1]`` may be read and set.
+    ``done``, ``terminated`` and ``truncated``. A ``"_reset"`` mask resets its rows. Actions are clipped to their
+    bounds. The agents' ``position`` ``[N, 2]`` and ``steps`` ``[N, 1]`` can be read and set.
 
     Args:
         num_envs: ``N``.
@@ -30,7 +30,7 @@ class BatchedTargetReachingEnv(EnvBase):
     Keyword Args:
         max_episode_steps: steps after which an episode is truncated.
         seed: of the starts; drawn from torch's global generator if not given.
-        device: where everything lives, the generator of the starts included.
+        device: of the tensors and of the generator of the starts.
         **task: of :class:`TargetReachingTask`.
 
     Raises:
