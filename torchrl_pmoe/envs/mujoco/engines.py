@@ -164,6 +164,7 @@ class MujocoEngine(_Engine):
         for data, row in zip(self._rows, ctrl.detach().cpu().numpy(), strict=True):
             data.ctrl[:] = row
             self._mujoco.mj_step(self._model, data, nstep=frame_skip)
+            # Gymnasium does the same: MuJoCo computes contact forces on request only
             if forces:
                 self._mujoco.mj_rnePostConstraint(self._model, data)
         self._collect()
@@ -238,6 +239,7 @@ class MJXEngine(_Engine, _MJXBackend):
         self._jax_device = jax_device(jax, self.device)
         forces = "cfrc_ext" in self._fields
         self._programs = _programs(source, forces, self._jax_device, bool(jax.config.jax_enable_x64))
+        # the names that TorchRL's engine uses
         self._mx, self._dx0_single = self._programs.model, self._programs.first
         self._describe(self._m_mj, torch.float64 if jax.config.jax_enable_x64 else torch.float32)
         rows = jax.device_put(jax.numpy.arange(self.num_envs), self._jax_device)
@@ -249,6 +251,7 @@ class MJXEngine(_Engine, _MJXBackend):
             start = self.qpos0.expand(self.num_envs, -1), self.qvel0.expand(self.num_envs, -1)
             self.reset(*start)
             bar.update()
+            # the step is for the compiler only
             before = self._dx
             self.step(torch.zeros(self.num_envs, self.nu, device=self.device), frame_skip)
             self._jax.block_until_ready(self._dx)
@@ -257,6 +260,7 @@ class MJXEngine(_Engine, _MJXBackend):
 
     def read(self, field: str) -> Tensor:
         """See :class:`_Engine`; the tensor shares its memory with jax."""
+        # some arrays stand one level deeper, in what MJX calls its implementation
         data = self._dx if field in self._dx.__dataclass_fields__ else self._dx._impl
         return torch.from_dlpack(getattr(data, field)).to(self.device)
 
@@ -288,6 +292,7 @@ def import_mjx() -> tuple[Any, Any]:
 
 def has_mjx() -> bool:
     """Whether ``jax`` and ``mujoco.mjx`` are installed."""
+    # find_spec of a submodule imports its parent, so the parents are looked for first
     installed = all(importlib.util.find_spec(name) is not None for name in ("jax", "mujoco"))
     return installed and importlib.util.find_spec("mujoco.mjx") is not None
 
@@ -404,6 +409,7 @@ def _programs(source: Path, forces: bool, device: Any, x64: bool) -> _Programs:
         def one(row: Any, ctrl: Any) -> Any:
             row = jax.lax.fori_loop(0, frame_skip, lambda _, row: mjx.step(mx, row), row.replace(ctrl=ctrl))
             row = mjx.rne_postconstraint(mx, row) if forces else row
+            # NaN compares false, so a row with NaN starts anew too
             state = jax.numpy.concatenate([row.qpos, row.qvel, row.qacc])
             return choose((jax.numpy.abs(state) < DIVERGED).all(), row, first)
 

@@ -86,12 +86,14 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
         self.num_envs, self.dtype, self.backend_name = num_envs, dtype, backend
         self.frame_skip, self.max_episode_steps = self.FRAME_SKIP, max_episode_steps
         self.reset_noise_scale = self.RESET_NOISE_SCALE
+        # attributes that MujocoEnv's methods read
         self.from_pixels = self.pixels_only = False
         self.render_width = self.render_height = 480
         self.render_every, self.camera_id, self._render_counter, self._last_pixels = 1, 0, 0, None
         engine = MJXEngine if backend == "mjx" else MujocoEngine
         asset = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / self.ASSET
         self._backend: Any = engine(asset, num_envs=num_envs, device=self.device, fields=self.FIELDS)
+        # compile now, not in the first step of a training
         if isinstance(self._backend, MJXEngine):
             self._backend.warm_up(self.frame_skip, type(self).__name__)
         self.dt = self._backend.timestep * self.frame_skip
@@ -117,6 +119,7 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
 
     def _sample_initial_state(self, n: int, tensordict: TensorDictBase | None = None) -> tuple[Tensor, Tensor]:
         scale, rng = self.reset_noise_scale, self.rng
+        # [n, nq] and [n, nv]
         qpos = self._backend.qpos0.expand(n, -1).clone()
         qvel = self._backend.qvel0.expand(n, -1).clone()
         qpos += torch.empty_like(qpos).uniform_(-scale, scale, generator=rng)
@@ -187,6 +190,7 @@ class Hopper(_Planar):
 
     def _is_healthy(self, state: TensorDictBase) -> Tensor:
         height, angle = state["qpos"][..., 1], state["qpos"][..., 2]
+        # Gymnasium checks all but the first two positions
         rest = torch.cat([state["qpos"][..., 2:], state["qvel"]], -1)
         return (rest.abs() < 100).all(-1) & (height > 0.7) & (height < torch.inf) & (angle.abs() < 0.2)
 
@@ -242,6 +246,7 @@ class Humanoid(_Bodies, _Runner):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # the centre of mass is the mean of the bodies' centres, weighted by mass: [bodies]
         mass = torch.tensor(self._backend.mj_model.body_mass, dtype=self._backend.qpos0.dtype, device=self.device)
         self.mass_share = mass / mass.sum()
 
@@ -259,6 +264,7 @@ class HumanoidStandup(_Bodies):
     ASSET = "humanoidstandup.xml"
 
     def _compute_reward(self, state: TensorDictBase, action: Tensor, next_state: TensorDictBase) -> Tensor:
+        # v4 divides the height by the timestep and calls it a speed
         lift = next_state["qpos"][..., 2] / self._backend.timestep
         impact = (0.5e-6 * next_state["cfrc_ext"].square().sum((-2, -1))).clamp(max=10)
         return lift - self._control_cost(action) - impact + 1

@@ -80,6 +80,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def position(self, value: np.ndarray) -> None:
         position = np.array(value, dtype=np.float64)
         inside = position.shape == (2,) and bool((np.abs(position) <= 1).all())
+        # from every centre, [M, 2]
         offset = position - self.task.obstacles[:, :2] if inside else np.zeros((1, 2))
         if not inside or (np.hypot(*offset.T) <= self.task.obstacles[:, 2]).any():
             raise ValueError(f"TargetReachingEnv: position must be a free point of the plane, got {position.tolist()}.")
@@ -120,6 +121,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if action.shape != (2,) or not np.isfinite(action).all():
             raise ValueError(f"TargetReachingEnv: action must be two finite numbers, got {action.tolist()}.")
         self._position, reward, collided = self.task.step(self._position, action)
+        # without pictures nobody sees the trail, and a long episode would only fill memory
         if self.render_mode is not None:
             self._trail.append(self._position)
         reached = bool(self.task.reached(self._position))
@@ -132,6 +134,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             gymnasium.logger.warn("TargetReachingEnv: render() needs render_mode='rgb_array'.")
             return None
         position = self.position
+        # what does not move is painted once
         if self._background is None:
             self._background = np.full((_PIXELS, _PIXELS, 3), _COLORS["plane"], dtype=np.uint8)
             _draw(self._background, self.task.target[None, :2], self.task.target[2], "target")

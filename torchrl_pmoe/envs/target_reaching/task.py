@@ -86,6 +86,7 @@ def _numbers(name: str, value: Any, *, columns: int, form: str) -> np.ndarray:
     except (TypeError, ValueError):
         rows = np.empty(0)
         value = "something else"
+    # an empty list is no row; anything that made no array is refused below
     if rows.shape == (0,) and value is not None and not isinstance(value, str):
         rows = rows.reshape(0, columns)
     if rows.ndim != 2 or rows.shape[1] != columns:
@@ -179,6 +180,7 @@ class TargetReachingTask:
         self._check()
 
     def _check(self) -> None:
+        # distance between the edges of the target and of each obstacle, [M]
         gap = np.hypot(*(self.obstacles[:, :2] - self.target[:2]).T) - self.obstacles[:, 2] - self.target[2]
         if (gap < 0).any():
             raise ValueError(f"TargetReachingTask: target must not overlap obstacle {int(gap.argmin())}.")
@@ -188,6 +190,7 @@ class TargetReachingTask:
         if not free.all():
             where = self.starts[~free][0].tolist()
             raise ValueError(f"TargetReachingTask: starts must lie outside obstacles and target, got {where}.")
+        # random starts are the first free one of CANDIDATES draws, so half of the region must be free
         grid = np.stack(np.meshgrid(*np.linspace(*START_REGION, 101).T), -1)
         if self.random_starts and self.is_free(grid).mean() < 0.5:
             raise ValueError("TargetReachingTask: start='random' needs half of START_REGION free of discs.")
@@ -201,8 +204,9 @@ class TargetReachingTask:
 
     def is_free(self, position: Array) -> Array:
         """Whether points ``[*B, 2]`` lie outside all obstacles and the target, ``[*B]``."""
+        # obstacles and target together, [M + 1, 3]
         discs = _namespace(position).concatenate((self.obstacles, self.target[None]), 0)
-        offset = position[..., None, :] - discs[:, :2]
+        offset = position[..., None, :] - discs[:, :2]  # [*B, M + 1, 2]
         clear: Any = (offset**2).sum(-1) > (discs[:, 2] + MARGIN) ** 2
         return clear.all(-1)
 
