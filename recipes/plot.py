@@ -97,7 +97,7 @@ def kinds(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
     differ = [key for key in telling if len({str(run.config.get(key)) for run in runs}) > 1]
     # what follows from the policy alone need not be said
     if "policy" in differ or "recipe" in differ:
-        explained = [key for key in ("recipe", "policy") if key in differ]
+        explained: list[str] = [key for key in ("recipe", "policy") if key in differ]
         by: dict[tuple, set[tuple]] = {}
         rest = [key for key in differ if key not in explained]
         for run in runs:

@@ -55,7 +55,7 @@ def _torchrl_and_raw():
     """TorchRL's loss behind the recipe's Gaussian, and the hand-written one with the same weights."""
     cfg = resolve(sac_pmoe, "policy=gaussian", "device=cpu", f"network.hidden_sizes={list(CELLS)}")
     spec = Bounded(-1, 1, (ACTION,))
-    actor, loss = sac_pmoe.build_agent(cfg, spec, OBSERVATION)
+    _, loss = sac_pmoe.build_agent(cfg, spec, OBSERVATION)
     raw = raw_sac.RawSAC(OBSERVATION, ACTION, CELLS)
     pairs = [(loss.actor_network_params, [raw.actor])]
     pairs += [(loss.qvalue_network_params, raw.critics), (loss.target_qvalue_network_params, raw.targets)]
