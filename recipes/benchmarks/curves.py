@@ -13,39 +13,67 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from parts.figures import subplots
 
-# eight hues that stay apart under every kind of colour blindness (Okabe and Ito), each with a marker of its own
-STYLES = tuple(zip(("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"),
-                   "osD^vPX*", strict=True))  # fmt: skip
+# hues that stay apart under every kind of colour blindness (Okabe and Ito); a method has the same one in every picture
+COLORS = {
+    "gaussian": "#000000",
+    "responsibility": "#0072B2",
+    "frequency": "#E69F00",
+    "critic": "#D55E00",
+    "paper": "#D55E00",
+    "dac": "#56B4E9",
+}
+OTHER = "#009E73"
+CONTROL = "gaussian"
+TOGETHER = 5
+"""So many methods share a panel; more of them have one each, with the control in it."""
 MODES = ("effective_experts", "effective_experts_per_state", "mutual_information", "dead_fraction")
 
 
 def draw(runs: dict[str, pd.DataFrame], title: str, path: Path) -> None:
     """Evaluation return (mean and standard deviation over episodes) against frames, one line a run."""
-    fig, ax = subplots(figsize=(11, 5.5))
     method = {name: re.sub(r"-seed\d+$", "", name) for name in runs}
-    methods = sorted(set(method.values()))
-    first = {method[name]: name for name in sorted(runs, reverse=True)}
-    for name, data in runs.items():
-        place = methods.index(method[name])
-        color, marker = STYLES[place % len(STYLES)]
-        again = place >= len(STYLES) or first[method[name]] != name
-        ax.errorbar(
-            data["frames"], data["return_mean"], data["return_std"],
-            color=color, marker=marker, markersize=6, linewidth=1.8, elinewidth=0.8, capsize=2,
-            linestyle=":" if again else "-", markerfacecolor="white" if again else color,
-            label=f"{name}  {data['return_mean'].iloc[-1]:,.0f}",
-        )  # fmt: skip
-    ax.set(xlabel="frames", ylabel="evaluation return", title=title)
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.yaxis.set_major_formatter("{x:,.0f}")
-    ax.grid(alpha=0.3)
-    fig.legend(title="run, last return", loc="outside right upper")
-    fig.savefig(path, dpi=150)
+    methods = list(dict.fromkeys(method.values()))
+    panels = [methods]
+    if len(methods) > TOGETHER:
+        panels = [[CONTROL, name] if CONTROL in methods else [name] for name in methods if name != CONTROL]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (10.5, 5) if len(panels) == 1 else (3.4 * columns, 2.9 * rows + 0.4)
+    fig, axes = subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
+    for ax, shown in zip(axes.flat, panels, strict=False):
+        for name, data in runs.items():
+            if method[name] in shown:
+                _line(ax, name, method[name], data)
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.yaxis.set_major_formatter("{x:,.0f}")
+        ax.tick_params(axis="x", labelrotation=30)
+        ax.grid(alpha=0.3)
+        if len(panels) > 1:
+            ax.legend(fontsize="small", loc="upper left")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    fig.supxlabel("frames", fontsize="medium")
+    fig.supylabel("evaluation return", fontsize="medium")
+    fig.suptitle(title)
+    if len(panels) == 1:
+        fig.legend(title="run, last return", loc="outside right upper")
+    fig.savefig(path, dpi=130)
+
+
+def _line(ax: Axes, name: str, method: str, data: pd.DataFrame) -> None:
+    again = re.search(r"-seed([1-9]\d*)$", name) is not None
+    color = COLORS.get(method, OTHER)
+    ax.errorbar(
+        data["frames"], data["return_mean"], data["return_std"], color=color, marker="o", markersize=3.5,
+        linewidth=1.6, elinewidth=0.7, capsize=2, linestyle=":" if again else "-",
+        label=f"{name}  {data['return_mean'].iloc[-1]:,.0f}",
+    )  # fmt: skip
 
 
 def table(runs: dict[str, pd.DataFrame]) -> str:

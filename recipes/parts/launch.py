@@ -36,6 +36,8 @@ from torchrl_pmoe.trainers import NonFiniteError
 
 # two runs may start in the same second; a text that stays the same within a command, as ${now:} does
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
+# an id may name a module (module:Id) or a family (PMOE/...): a folder of one name, on every file system
+OmegaConf.register_new_resolver("folder", lambda name: re.sub(r"[^\w.+-]+", "-", str(name)), replace=True)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -103,6 +105,9 @@ def _hydra_line(error: Exception, config_class: type) -> str:
     given = [arg.split("=", 1)[1] for arg in sys.argv[1:] if arg.lstrip("+~").startswith(f"{key}=")]
     if key in known or key.startswith("hydra."):
         return f"error: {message}"
+    if key.startswith("env_kwargs."):
+        value = "".join(given[:1])
+        return f"error: {key}={value}: must be written +{key}={value}, an argument of the environment is a new key"
     return f"error: {unknown_key(key, ''.join(given[:1]), known)}"
 
 

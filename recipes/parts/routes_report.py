@@ -220,7 +220,9 @@ def draw_experts(path: Path, records: Records, task: TargetReachingTask) -> None
             _trails(ax, record[f"alone{expert}_path"], record[f"alone{expert}_expert"])
         reached = [f"{record[f'alone{expert}_success'].mean():.0%}" for expert in range(count)]
         ax.set_title(LABELS[policy])
-        ax.set_xlabel("success " + ", ".join(reached))
+        ax.set_xlabel(
+            "arrives: " + ", ".join(f"expert {expert} {share}" for expert, share in enumerate(reached)), fontsize=10
+        )
     _expert_legend(fig, most)
     fig.savefig(path)
 

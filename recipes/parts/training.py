@@ -481,8 +481,10 @@ def train_and_record(
         announce(about, updates, compiled=stepper.compile)
         # eager updates are at their usual speed from the first on; the second one compiles
         usual = stepper.updates + (2 if stepper.compile else 1)
+        # whole batches
+        batch = trainer.collector.requested_frames_per_batch
         bar = ProgressBar(
-            trainer.total_frames,
+            -(-trainer.total_frames // batch) * batch,
             status,
             initial=trainer.collected_frames,
             begun=lambda: stepper.updates >= usual,
