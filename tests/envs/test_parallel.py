@@ -28,8 +28,6 @@ def main(case):
     env = parallel_env(2, create)
     assert torch.equal(run(env), run(SerialEnv(2, create)))
     print("ready", flush=True)
-    if case == "close":
-        env.close()
     if case == "raise":
         raise ValueError("the user's own")
     while case in ("interrupt", "terminate", "start"):
@@ -44,7 +42,6 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("case", "sent", "status", "tracebacks"),
     [
-        ("close", None, 0, 0),
         ("leave", None, 0, 0),
         ("raise", None, 1, 1),
         ("interrupt", signal.SIGINT, -signal.SIGINT, 1),

@@ -126,7 +126,7 @@ def test_a_compiled_run_goes_on_compiled(tmp_path):
     pytest.importorskip("torch._inductor")
     if not has_compiler():
         pytest.skip("no C++ compiler here")
-    recipe_runs.run_here(sac_pmoe, tmp_path / "whole", *SAC, "compile.enabled=true")
+    recipe_runs.run_here(sac_pmoe, tmp_path / "whole", *SAC, "policy=gaussian", "compile.enabled=true")
     interrupted_copy(tmp_path / "whole", tmp_path / "half", 150)
     torch._dynamo.reset()
     go_on_here(sac_pmoe, tmp_path / "half")
