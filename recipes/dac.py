@@ -177,6 +177,7 @@ def train(cfg: DACConfig, run_dir: Path) -> None:
         measure,
         about=f"{describe(cfg.env, cfg.policy, actor)}; {cfg.collector.described()}",
         updates=cfg.updates,
+        train_return=normalization.train_return,
         evaluation=cfg.evaluation_options(),
         logging=cfg.logger_options(),
         checkpoints=cfg.checkpoint_options(),

@@ -44,7 +44,7 @@ from torchrl.trainers.trainers import SelectKeys
 from torchrl_pmoe.envs import make_env
 from torchrl_pmoe.envs.making import try_env
 from torchrl_pmoe.objectives import StackedLoss, StackedPolicy
-from torchrl_pmoe.trainers import FlatReplay, FusedOptimizationStepper
+from torchrl_pmoe.trainers import EpisodeReturns, FlatReplay, FusedOptimizationStepper
 
 
 class SeedSampler(RandomSampler):
@@ -159,6 +159,8 @@ def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
         replay_buffer=buffer,
         target_net_updater=targets,
     )
+    returns = EpisodeReturns()
+    returns.register(trainer)
     SelectKeys(STORED).register(trainer)
     trainer.register_op("batch_process", replay.extend)
     trainer.register_op("process_optim_batch", replay.sample)
@@ -184,6 +186,7 @@ def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
         measure,
         about=about(cfg, *built[0], where=f"{number} seeds at once, {cfg.collector.described()} each"),
         updates=cfg.updates,
+        train_return=returns.mean,
         evaluation=cfg.evaluation_options(),
         logging=cfg.logger_options(),
         checkpoints=checkpoints,

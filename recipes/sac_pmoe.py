@@ -44,7 +44,7 @@ from torchrl_pmoe import BestOfExpertsActor, MeanOfDrawnExpertActor
 from torchrl_pmoe.envs import make_env
 from torchrl_pmoe.envs.making import try_env
 from torchrl_pmoe.objectives import score_proposals
-from torchrl_pmoe.trainers import FusedOptimizationStepper
+from torchrl_pmoe.trainers import EpisodeReturns, FusedOptimizationStepper
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
         replay_buffer=buffer,
         target_net_updater=targets,
     )
+    returns = EpisodeReturns()
+    returns.register(trainer)
     off_policy.replay_steps(trainer, buffer, cfg.device, prioritized=cfg.replay_buffer.prb)
     if cfg.policy == "pmoe":
         watch_experts(trainer, actor, lambda: off_policy.latest(buffer).select("observation").to(cfg.device))
@@ -162,6 +164,7 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
         measure,
         about=about(cfg, actor, loss),
         updates=cfg.updates,
+        train_return=returns.mean,
         evaluation=cfg.evaluation_options(),
         logging=cfg.logger_options(),
         checkpoints=cfg.checkpoint_options(),

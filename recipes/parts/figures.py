@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ finally:
     if _given is not None:
         os.environ["MPLBACKEND"] = _given
 
-__all__ = ["draw_learning_curve", "expert_colors", "expert_legend", "mpl", "subplots"]
+__all__ = ["draw_learning_curve", "expert_colors", "expert_legend", "line_styles", "mpl", "subplots"]
 
 
 def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **kwargs: Any) -> tuple[Figure, Any]:
@@ -76,3 +77,32 @@ def expert_legend(axes: Any, number: int, name: str = "expert") -> None:
         title=name, loc="upper left", bbox_to_anchor=(1, 1.02), reverse=True, ncols=columns,
         fontsize="small" if number <= 16 else "x-small", columnspacing=0.8, handlelength=1.0, labelspacing=0.25,
     )  # fmt: skip
+
+
+# eight hues that stay apart under every kind of colour blindness (Okabe and Ito); a policy has one everywhere
+POLICY_COLORS = {
+    "gaussian": "#000000",
+    "pmoe": "#CC79A7",
+    "gating": "#E69F00",
+    "mcp": "#F0E442",
+    "dac": "#56B4E9",
+}
+_OTHER_COLORS = ("#0072B2", "#009E73", "#D55E00", "#999999")
+_DASHES = ("-", "--", ":", "-.")
+
+
+def line_styles(policies: Sequence[str]) -> list[dict[str, Any]]:
+    """A style for each line: the colour of its policy; further lines of a policy have other colours and dashes."""
+    styles, others = [], 0
+    seen: set[str] = set()
+    for policy in policies:
+        color = POLICY_COLORS.get(policy)
+        if color is None or policy in seen:
+            color = _OTHER_COLORS[others % len(_OTHER_COLORS)]
+            dash = _DASHES[others // len(_OTHER_COLORS) % len(_DASHES)]
+            others += 1
+        else:
+            dash = "-"
+        seen.add(policy)
+        styles.append({"color": color, "linestyle": dash})
+    return styles

@@ -57,6 +57,32 @@ def interquartile_mean(samples: ArrayLike, seed: int = 0) -> Estimate:
     return Estimate(value, found.low, found.high)
 
 
+def mean_interval(samples: ArrayLike, seed: int = 0) -> Estimate:
+    """Mean over the seeds, with its 95 % percentile-bootstrap interval.
+
+    Args:
+        samples: ``[seeds, ...]``, without nan.
+        seed: of the bootstrap.
+
+    Returns:
+        Arrays ``[...]``; one seed alone has no interval (nan).
+    """
+    samples = np.asarray(samples, dtype=np.float64)
+    value = samples.mean(0)
+    if len(samples) < 2:
+        return Estimate(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
+    found = stats.bootstrap(
+        (samples,),
+        np.mean,
+        axis=0,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, found.low, found.high)
+
+
 def _improvement(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
     gap = np.moveaxis(x, axis, -1)[..., :, None] - np.moveaxis(y, axis, -1)[..., None, :]
     return ((gap > 0) + 0.5 * (gap == 0)).mean((-2, -1))

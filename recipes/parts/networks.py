@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,5 +233,7 @@ def describe(env: str, policy: str, actor: nn.Module, critics: nn.Module | None 
         line += f" of {actor.num_experts} experts"
     line += f", {count(actor.parameters())} parameters"
     if isinstance(actor, ExpertsActor | OptionActor):
-        line += f" ({count(actor.router_parameters())} of them the router's)"
+        # a network of the user's own has no router that can be told apart
+        with suppress(ValueError):
+            line += f" ({count(actor.router_parameters())} of them the router's)"
     return line if critics is None else f"{line}; critics {count(critics.parameters())} parameters"

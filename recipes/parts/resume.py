@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -191,7 +192,15 @@ def how_to_resume(run: Path) -> str:
 
 def command_to_resume(run: Path) -> str:
     """What to type in a shell to go on with a run."""
-    return shlex.join(["python", sys.argv[0], resume_argument(run)])
+    return shlex.join([interpreter(), sys.argv[0], resume_argument(run)])
+
+
+def interpreter() -> str:
+    """The Python that runs, as it is typed here: an activated one by its name alone."""
+    running = Path(sys.executable)
+    if (found := shutil.which("python")) is not None and Path(found).absolute() == running.absolute():
+        return "python"
+    return from_here(running)
 
 
 def resume_argument(run: Path) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import shlex
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +36,7 @@ from torchrl.trainers import Trainer
 from parts import process
 from parts.errors import Interrupted, RunError, UsageError, cause
 from parts.figures import draw_learning_curve
-from parts.resume import does_not_fit, how_to_resume
+from parts.resume import command_to_resume, does_not_fit, from_here, how_to_resume, interpreter
 from torchrl_pmoe.envs import NormalizeObservationAndReward
 from torchrl_pmoe.envs.making import worker_fault
 from torchrl_pmoe.runs import (
@@ -392,6 +395,7 @@ def train_and_record(
     *,
     about: str,
     updates: float,
+    train_return: Callable[[], float],
     evaluation: EvaluationOptions,
     logging: LoggerOptions,
     checkpoints: CheckpointOptions,
@@ -412,6 +416,7 @@ def train_and_record(
     Keyword Args:
         about: printed before the first frame, after all that can be wrong with the input.
         updates: of the whole run.
+        train_return: mean return of the latest training episodes, nan before the first has ended.
         evaluation: how policies are evaluated; its interval counts the frames of one agent.
         logging: where else the rows go.
         checkpoints: of the run.
@@ -463,23 +468,54 @@ def train_and_record(
         entropy = stepper.means().get("routing_entropy", metrics[0].last.get("routing_entropy"))
         shown = {
             "return" if number == 1 else "mean return": sum(returns) / len(returns) if returns else None,
+            "train return": train_return(),
             "routing entropy": entropy,
         }
-        return {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
+        return {key: f"{value:.4g}" for key, value in shown.items() if value is not None and not math.isnan(value)}
 
     with closing(recorded), logging.open(run_dir) as logger:
         for agent in agents:
             agent.directory.mkdir(parents=True, exist_ok=True)
         begin()
+        print(f"run directory: {from_here(run_dir)}")
         announce(about, updates, compiled=stepper.compile)
+        # eager updates are at their usual speed from the first on; the second one compiles
+        usual = stepper.updates + (2 if stepper.compile else 1)
         bar = ProgressBar(
-            trainer.total_frames, status, initial=trainer.collected_frames, disable=not logging.progress_bar
+            trainer.total_frames,
+            status,
+            initial=trainer.collected_frames,
+            begun=lambda: stepper.updates >= usual,
+            disable=not logging.progress_bar,
         )
         bar.register(trainer)
         with closing(bar):
             run_to_the_end(trainer, run_dir, recorded, received, lambda: _draw(agents, metrics))
     if stepper.on_nonfinite == "skip":
         print(f"left out: {stepper.skipped} updates")
+    print(what_next(run_dir, [one.last for one in metrics]))
+
+
+def what_next(run_dir: Path, last: Sequence[Mapping[str, float]]) -> str:
+    """The return at the end of a run, where its files are, and what to type to go on with them."""
+    returns = [f"{row['return_mean']:,.1f} ± {row['return_std']:,.1f}" for row in last if "return_mean" in row]
+    where = shlex.quote(from_here(run_dir))
+    python, recipes = shlex.quote(interpreter()), Path(sys.argv[0]).parent
+    scripts = {name: shlex.quote(str(recipes / f"{name}.py")) for name in ("evaluate", "plot")}
+    # of several agents, one is enough to show how
+    agent = f" --agent {run_dir_agent}" if len(last) > 1 and (run_dir_agent := _first_agent(run_dir)) else ""
+    lines = [
+        f"return of the last evaluation (mean ± std over episodes): {', '.join(returns)}",
+        f"run directory: {from_here(run_dir)} (metrics.csv, learning_curve.png, checkpoints)",
+        f"evaluate and watch:  {python} {scripts['evaluate']} {where}{agent}",
+        f"plot and compare:    {python} {scripts['plot']} {where}",
+        f"go on for longer:    {command_to_resume(run_dir)} total_frames=...",
+    ]
+    return "\n".join(lines)
+
+
+def _first_agent(run_dir: Path) -> str | None:
+    return next((path.name.removeprefix("seed") for path in sorted(run_dir.glob("seed[0-9]*"))), None)
 
 
 def mean_columns(stepper: FusedOptimizationStepper, columns: Sequence[str]) -> dict[str, float]:

@@ -290,6 +290,19 @@ def test_bad_option_is_named_in_one_line(kwargs, line):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["floor", "scale_lb", "loc_spread", "num_layers"])
+def test_options_of_other_actors_are_refused(option):
+    with pytest.raises(TypeError, match=f"^OptionActor: got an unexpected keyword argument '{option}'"):
+        make_actor(**{option: 0.1})
+
+
+def test_defaults_are_those_of_the_options_papers_network():
+    network = OptionActor(K, spec=Bounded(-1, 1, (A,)), in_features=OBSERVATION).network.module
+    assert [type(layer) for layer in network.trunk] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh]
+    assert [layer.out_features for layer in list(network.trunk)[::2]] == [64, 64]
+    assert network.log_scale.shape == (K * A,)
+
+
 def test_a_network_of_another_size_is_refused():
     actor = make_actor(network=nn.Linear(OBSERVATION, 17, dtype=F64))
     with pytest.raises(ValueError, match=r"must end in 3 \* \(2 \* 2 \+ 2\) = 18 features, got 17"):

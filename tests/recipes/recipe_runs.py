@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from config.ppo_pmoe import PPOConfig
 from config.sac_many_seeds import ManySeedsConfig
 from config.sac_pmoe import SACConfig
 from config.target_reaching import TargetReachingConfig
+from parts import resume
 from parts.errors import UsageError
 from parts.launch import read
 
@@ -178,9 +180,17 @@ def assert_refused(recipe: ModuleType, override: str, allowed: str) -> None:
 
 
 def about_line(printed: str) -> str:
-    """What a run prints before its first frame; after its last there is a line on its checkpoints."""
-    first, last = printed.splitlines()
-    assert re.fullmatch(r"\d+ checkpoints?: [\d.]+ MiB in [\d.]+ s, [\d.]+% of the run's time", last), printed
+    """What a run is about, as it says before its first frame; where it is and what to do next stand around that."""
+    where, first, *_, cost, returned, again, watch, plot, longer = printed.splitlines()
+    assert where.startswith("run directory: ")
+    assert re.fullmatch(r"\d+ checkpoints?: [\d.]+ MiB in [\d.]+ s, [\d.]+% of the run's time", cost), printed
+    assert returned.startswith("return of the last evaluation (mean ± std over episodes): ")
+    assert again.startswith(where)
+    directory = where.removeprefix("run directory: ")
+    for line, script in ((watch, "evaluate.py"), (plot, "plot.py")):
+        _, _, _, python, path, *run = shlex.split(line)
+        assert (Path(python).name[:6], Path(path).name, run) == ("python", script, [directory])
+    assert resume.resume_argument(Path(directory)) in longer
     return first
 
 

@@ -39,7 +39,7 @@ def test_what_nobody_has_foreseen_is_one_line_with_the_traceback_in_a_file(launc
     assert lines == [
         "error: frame 330: ValueError: the hinge broke: no more steps (the traceback is in run/error.log); "
         "the run stops here, checkpoint-000000000300 is whole; goes on with: "
-        f"python {RECIPES / 'sac_pmoe.py'} resume=run"
+        f"{resume.interpreter()} {RECIPES / 'sac_pmoe.py'} resume=run"
     ]
     kept = (tmp_path / "run" / "error.log").read_text()
     assert 'raise ValueError("the hinge broke' in kept

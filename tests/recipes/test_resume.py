@@ -190,7 +190,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(recipe, number, tmp_
     frame = int(found[1].replace(",", ""))
     assert frames_of(checkpoints(tmp_path / "run")[-1]) == frame
     python, script, argument = found[2].split(" ")
-    assert (python, Path(script).name, argument) == ("python", f"{recipe}.py", "resume=run")
+    assert (Path(python).name[:6], Path(script).name, argument) == ("python", f"{recipe}.py", "resume=run")
     done = start(recipe, argument, f"total_frames={frame + 128}", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"goes on at frame {frame:,} from checkpoint-{frame:012d}\n")
@@ -499,14 +499,24 @@ def test_the_command_that_goes_on_names_the_directory_whatever_its_name(name, mo
     told = resume.command_to_resume(tmp_path / name)
     shell = subprocess.run(["sh", "-c", f"printf '%s\\n' {told}"], capture_output=True, text=True, check=True)
     python, script, argument = shell.stdout.splitlines()
-    assert (python, script) == ("python", "my recipes/sac_pmoe.py")
+    assert (python, script) == (resume.interpreter(), "my recipes/sac_pmoe.py")
     assert recipe_runs.composed(sac_pmoe, argument).resume == name
 
 
 def test_a_plain_path_is_not_quoted(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["recipes/sac_pmoe.py"])
+    monkeypatch.setattr(resume.shutil, "which", lambda name: sys.executable)
     assert resume.command_to_resume(tmp_path / "a" / "run-1") == "python recipes/sac_pmoe.py resume=a/run-1"
+
+
+def test_the_interpreter_that_runs_is_the_one_that_is_advised(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setattr(resume.shutil, "which", lambda name: "/usr/bin/python")
+    assert resume.interpreter() == ".venv/bin/python"
+    monkeypatch.setattr(resume.shutil, "which", lambda name: sys.executable)
+    assert resume.interpreter() == "python"
 
 
 # ----------------------------------------------------------------------------------------- bad numbers

@@ -17,7 +17,6 @@ from torchrl.objectives import SoftUpdate
 sys.path.insert(0, str(RECIPES / "benchmarks"))
 
 import baselines3
-import common
 import memory
 import ppo_speed
 import profile_frame
@@ -28,8 +27,11 @@ import sac_speed
 import stock
 import update
 import workers
+from parts.off_policy import STORED
 from watched_runs import Finished
 from workers import MissingPackage
+
+from torchrl_pmoe.envs import make_env
 
 OBSERVATION, ACTION, BATCH, CELLS = 5, 2, 32, (16, 16)
 SMALL = ["env=Pendulum-v1", "total_frames=1000", "network.hidden_sizes=[16,16]"]
@@ -53,8 +55,7 @@ def _torchrl_and_raw():
     """TorchRL's loss behind the recipe's Gaussian, and the hand-written one with the same weights."""
     cfg = resolve(sac_pmoe, "policy=gaussian", "device=cpu", f"network.hidden_sizes={list(CELLS)}")
     spec = Bounded(-1, 1, (ACTION,))
-    actor = sac_pmoe.build_actor(cfg, spec, OBSERVATION)
-    loss = sac_pmoe.build_loss(cfg, actor, sac_pmoe.build_qvalue(cfg, spec, OBSERVATION))
+    _, loss = sac_pmoe.build_agent(cfg, spec, OBSERVATION)
     raw = raw_sac.RawSAC(OBSERVATION, ACTION, CELLS)
     pairs = [(loss.actor_network_params, [raw.actor])]
     pairs += [(loss.qvalue_network_params, raw.critics), (loss.target_qvalue_network_params, raw.targets)]
@@ -169,12 +170,12 @@ class _Until:
 def test_plain_loop_makes_one_update_a_frame_once_the_random_frames_are_over(monkeypatch):
     updates = []
     monkeypatch.setattr(stock, "off_policy_update", lambda *args: updates.append)
-    frames = stock.train_sac(common.make_env("Pendulum-v1", 0), random_frames=5, batch_size=4, buffer_size=100)
+    frames = stock.train_sac(make_env("Pendulum-v1"), random_frames=5, batch_size=4, buffer_size=100)
     assert [next(frames) for _ in range(12)] == list(range(1, 13))
     assert len(updates) == 8
     assert all(batch.batch_size == (4,) for batch in updates)
     # what the recipe stores, and the index that the buffer itself writes
-    assert set(updates[0].keys(True, True)) - {"index"} == set(sac_pmoe.STORED)
+    assert set(updates[0].keys(True, True)) - {"index"} == set(STORED)
 
 
 @pytest.mark.parametrize(("train", "frames"), [("train_sac", 1), ("train_ppo", 2048)])
@@ -252,7 +253,7 @@ WORKERS = """
 import argparse, sys
 sys.path.insert(0, {benchmarks!r})
 from workers import serve
-from common import UsageError
+from parts.errors import UsageError
 
 def train(args, turns):
     if args.worker == "refused":

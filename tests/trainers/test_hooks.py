@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_pmoe.trainers import ExpertCollapse, PeriodicEvaluation, ProgressBar
+from torchrl_pmoe.trainers import EpisodeReturns, ExpertCollapse, PeriodicEvaluation, ProgressBar
 
 
 def make_trainer(**kwargs):
@@ -104,3 +105,47 @@ def test_the_bar_starts_where_an_earlier_run_ended(capsys):
     assert "60/100" in shown
     assert "100/100" in shown
     assert "return=3" in shown
+
+
+def test_slow_first_frames_do_not_count_for_the_time_that_is_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("torchrl_pmoe.trainers.hooks.time.time", lambda: now[0])
+    monkeypatch.setattr("torchrl_pmoe.trainers.hooks.time.monotonic", lambda: now[0])
+    bar = ProgressBar(1000, dict, begun=lambda: now[0] >= 60)
+    bar._bar._time = lambda: now[0]
+    bar._bar.start_t = bar._bar.last_print_t = 0.0
+    for frames, seconds in ((10, 60), (90, 9), (100, 10)):
+        now[0] += seconds
+        bar(TensorDict(batch_size=[frames]))
+    # 10 frames a second since the first minute, in which there was something to compile
+    shown = bar._bar.format_dict
+    assert (shown["n"] - shown["initial"]) / shown["elapsed"] == pytest.approx(10)
+
+
+def episodes(shape, steps, generator):
+    reward = torch.randn(*shape, steps, 1, generator=generator)
+    done = torch.rand(*shape, steps, 1, generator=generator) < 0.3
+    return TensorDict(next=TensorDict(reward=reward, done=done, batch_size=[*shape, steps]), batch_size=[*shape, steps])
+
+
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+@pytest.mark.parametrize("steps", [1, 7])
+def test_returns_of_training_episodes_are_those_of_a_loop(shape, steps):
+    generator = torch.Generator().manual_seed(0)
+    hook, running, returns = EpisodeReturns(recent=5), torch.zeros(shape).double(), []
+    assert math.isnan(hook.mean())
+    for index in range(40):
+        batch = episodes(shape, steps, generator)
+        hook(batch)
+        if index == 6:
+            resumed = EpisodeReturns(recent=5)
+            resumed.load_state_dict(hook.state_dict())
+            hook = resumed
+        for step in range(steps):
+            running = running + batch["next", "reward"][..., step, 0].double()
+            done = batch["next", "done"][..., step, 0]
+            returns += running[done].tolist() if shape else [running.item()] * bool(done)
+            running = running * ~done
+        if returns:
+            assert hook.mean() == pytest.approx(sum(returns[-5:]) / len(returns[-5:]))
+    assert len(returns) > 5

@@ -16,7 +16,7 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabili
 from torchrl_pmoe.distributions.routing import upcast
 from torchrl_pmoe.modules.actors import ExpertsActor
 from torchrl_pmoe.modules.networks import ExpertOptions, expert_chain, pop_expert_options
-from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
+from torchrl_pmoe.modules.specs import refuse_unknown, single_action, try_distribution, with_bounds
 
 __all__ = ["Blend", "GatingActor", "MCPActor", "Product"]
 
@@ -44,6 +44,7 @@ class Blend(nn.Module):
         """Loc and scale ``[*B, A]`` of the blend of ``K`` experts, ``[*B, K, A]``."""
         share = logits.softmax(-1).unsqueeze(-1)  # [*B, K, 1]
         blended = (share * loc).sum(-2)  # [*B, A]
+        # scales add up, or variances do: sqrt(sum_k (w_k sigma_k)^2)
         if self.blend == "parameters":
             return blended, (share * scale).sum(-2)
         return blended, torch.linalg.vector_norm(share * scale, dim=-2)
@@ -61,7 +62,7 @@ class Product(nn.Module):
         log_gate = F.logsigmoid(upcast(logits)) if logits.shape[-1] > 1 else torch.zeros_like(upcast(logits))
         # in logarithms, because a small scale squared underflows; in float32, because logarithms cost digits
         log_precision = log_gate.unsqueeze(-1) - 2.0 * upcast(scale).log()  # [*B, K, A]
-        blended = (log_precision.softmax(-2) * loc).sum(-2)
+        blended = (log_precision.softmax(-2) * loc).sum(-2)  # shares of the precision weight the locs
         return blended.to(loc.dtype), (-0.5 * log_precision.logsumexp(-2)).exp().to(scale.dtype)
 
 
@@ -95,7 +96,7 @@ class _BlendedActor(ExpertsActor):
             in_keys = [in_keys]
         if isinstance(out_keys, str):
             out_keys = [out_keys]
-        leaf, action_key, action_spec = action_leaf(owner, spec if device is None else spec.to(device), out_keys)
+        box, action_key, action_spec = single_action(owner, spec if device is None else spec.to(device), out_keys)
         if len(param_keys) != 2:
             raise ValueError(f"{owner}: param_keys must name loc and scale, got {list(param_keys)}.")
         kinds = (TanhNormal, IndependentNormal)
@@ -104,12 +105,12 @@ class _BlendedActor(ExpertsActor):
             raise ValueError(f"{owner}: distribution_class must be TanhNormal or IndependentNormal, got {name}.")
         if issubclass(distribution_class, TanhNormal):
             distribution_kwargs = with_bounds(
-                owner, leaf, distribution_kwargs, bounded="TanhNormal", unbounded="IndependentNormal"
+                owner, box, distribution_kwargs, bounded="TanhNormal", unbounded="IndependentNormal"
             )
         chain = expert_chain(
             owner,
             num_experts,
-            leaf.shape[-1],
+            box.shape[-1],
             network=network,
             router=router,
             default_router="shared",
@@ -118,8 +119,10 @@ class _BlendedActor(ExpertsActor):
             num_cells=num_cells,
             device=device,
         )
+        # from loc and scale of every expert, [*B, K, A], to those of one Gaussian, [*B, A]
         chain.append(composition)
-        loc = leaf.zero()
+        # a distribution of zeros, so that a wrong option of it is refused here
+        loc = box.zero()
         try_distribution(owner, distribution_class, distribution_kwargs or {}, loc=loc, scale=loc + 1)
         super().__init__(
             TensorDictModule(chain, in_keys=list(in_keys), out_keys=list(param_keys)),

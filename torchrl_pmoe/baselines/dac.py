@@ -216,6 +216,7 @@ class DACLoss(LossModule):
         keys = self.tensor_keys
         if all(tensordict.get(key, None) is not None for key in (keys.advantage_high, keys.advantage_low)):
             return tensordict
+        # the estimator calls both networks, whose parameters the loss holds
         with (
             self.actor_network_params.to_module(self.actor_network, preserve_module_state=False),
             self.critic_network_params.to_module(self.critic_network, preserve_module_state=False),
@@ -229,6 +230,7 @@ class DACLoss(LossModule):
         log_weight = (log_prob - old_log_prob.reshape(log_prob.shape)).unsqueeze(-1)  # [*B, 1], as the advantage
         if self.normalize_advantage and advantage.numel() > 1:
             advantage = _standardize(advantage, ())
+        # clipped in logarithms, as TorchRL's ClipPPOLoss does
         clipped = log_weight.clamp((-self.clip_epsilon).log1p(), self.clip_epsilon.log1p())
         gain = torch.minimum(log_weight.exp() * advantage, clipped.exp() * advantage)
         flat = log_weight.detach().flatten()  # [B]
@@ -276,6 +278,7 @@ class DACLoss(LossModule):
                 old[0].take_along_dim(option, -1), value, self.clip_value, target, loss, self.loss_critic_type
             )
         with torch.no_grad():
+            # 1 - Var(target - value) / Var(target)
             total = target.flatten().var(correction=0)
             explained = 1.0 - (target - value).flatten().var(correction=0) / (total + torch.finfo(total.dtype).eps)
         return self.critic_coeff * loss, clip_fraction, explained
@@ -297,6 +300,7 @@ class DACLoss(LossModule):
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             policy = self.actor_network.get_policy(tensordict)
 
+        # the low level: a ~ pi_o(a | s)
         low_dist = policy.dist_low(option)
         low = self._surrogate(
             low_dist.log_prob(tensordict.get(keys.action)),
@@ -304,6 +308,7 @@ class DACLoss(LossModule):
             tensordict.get(keys.advantage_low),
         )
         entropy = self._entropy(low_dist)
+        # the high level: o ~ pi^H(o | o', s)
         high_dist = policy.dist_high(previous, is_init)
         high = self._surrogate(
             high_dist.log_prob(option.squeeze(-1)),
@@ -327,9 +332,10 @@ class DACLoss(LossModule):
         if value_clip_fraction is not None:
             out.set("value_clip_fraction", value_clip_fraction)
         with torch.no_grad():
-            ends = policy.termination_prob.take_along_dim(previous, -1)
+            ends = policy.termination_prob.take_along_dim(previous, -1)  # [*B, 1]
             has_previous = ~is_init
             out.set("termination_prob", (ends * has_previous).sum() / has_previous.sum().clamp_min(1))
+            # [B, K] to [K]
             taken = nn.functional.one_hot(option.flatten(), self.actor_network.num_options)
             out.set("option_usage", taken.to(ends.dtype).mean(0))
         out = out.named_apply(

@@ -82,6 +82,7 @@ class OptionPolicy:
         master = self.master_log_prob
         previous_option = previous_option.reshape(*master.shape[:-1], 1)
         ends = self.termination_logits.take_along_dim(previous_option, -1)  # logit of beta_o'(s), [*B, 1]
+        # in logarithms, because probabilities near 0 and 1 would lose their digits
         same = one_hot(previous_option.squeeze(-1), master.shape[-1]).bool()  # [*B, K]
         stays = torch.where(same, logsigmoid(-ends), -torch.inf)
         log_prob = torch.logaddexp(stays, logsigmoid(ends) + master)
@@ -195,6 +196,7 @@ class OptionActor(TensorDictModuleBase):
         bounds: Mapping[str, Any] = distribution_kwargs or {}
         if issubclass(distribution_class, TanhNormal):
             bounds = with_bounds("OptionActor", spec, bounds, bounded="TanhNormal", unbounded="IndependentNormal")
+        # the density of the mixture over options knows no such map
         if bounds.get("tanh_loc"):
             raise ValueError("OptionActor: tanh_loc=True is not supported: the mixture of the options has no such loc.")
         try_distribution("OptionActor", distribution_class, bounds, loc=spec.zero(), scale=spec.zero() + 1)
@@ -295,10 +297,12 @@ class OptionActor(TensorDictModuleBase):
             draw_action: draw the action, and do not take the centre of the option's Gaussian.
         """
         policy = self.get_policy(tensordict)
+        # the high level first: the low level's Gaussian is that of the option it draws
         high = policy.dist_high(*self._previous_option(tensordict))
         option = high.sample() if draw_option else high.logits.argmax(-1)
         low = policy.dist_low(option)
         action = low.sample() if draw_action else low.deterministic_sample
+        # the environment hands next.previous_option to the following step
         option_entry = option.unsqueeze(-1)  # [*B] to [*B, 1]
         tensordict.set(self.option_key, option_entry)
         tensordict.set(self.option_log_prob_key, high.log_prob(option))

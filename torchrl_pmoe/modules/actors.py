@@ -23,7 +23,7 @@ from torchrl_pmoe.modules.networks import (
     expert_chain,
     pop_expert_options,
 )
-from torchrl_pmoe.modules.specs import action_leaf, refuse_unknown, try_distribution, with_bounds
+from torchrl_pmoe.modules.specs import refuse_unknown, single_action, try_distribution, with_bounds
 
 __all__ = ["BestOfExpertsActor", "ExpertsActor", "MeanOfDrawnExpertActor", "PMOEActor"]
 
@@ -46,6 +46,7 @@ class _MixtureModule(SafeProbabilisticModule):
 
     def get_dist(self, tensordict: TensorDictBase) -> NormalMixture:
         """The mixture that the parameters in ``tensordict`` describe."""
+        # logits [*B, K], loc and scale [*B, K, A]
         params = {name: tensordict.get(key) for name, key in zip(self.dist_keys, self.in_keys, strict=True)}
         return self.distribution_class(**params, **self._kwargs_for(params["loc"]))
 
@@ -85,7 +86,7 @@ class ExpertsActor(ProbabilisticActor):
         """
         if not 0 <= k < self.num_experts:
             raise IndexError(f"expert {k} is out of range for {self.num_experts} experts.")
-        head = self[-1]
+        head = self[-1]  # the probabilistic module
         bounded = issubclass(head.distribution_class, TanhNormalMixture | TanhNormal)
         kwargs = {name: head.distribution_kwargs[name] for name in ("low", "high")} if bounded else {"tanh_loc": False}
         return ProbabilisticActor(
@@ -179,7 +180,7 @@ class PMOEActor(ExpertsActor):
             out_keys = [out_keys]
         refuse_unknown(PMOEActor, kwargs, ExpertOptions, SafeProbabilisticModule)
         options = pop_expert_options(kwargs)
-        leaf, action_key, action_spec = action_leaf("PMOEActor", spec if device is None else spec.to(device), out_keys)
+        box, action_key, action_spec = single_action("PMOEActor", spec if device is None else spec.to(device), out_keys)
         if not issubclass(distribution_class, NormalMixture):
             raise ValueError(
                 "PMOEActor: distribution_class must be NormalMixture or TanhNormalMixture, "
@@ -189,12 +190,12 @@ class PMOEActor(ExpertsActor):
             raise ValueError(f"PMOEActor: param_keys must name logits, loc and scale, got {list(param_keys)}.")
         if issubclass(distribution_class, TanhNormalMixture):
             distribution_kwargs = with_bounds(
-                "PMOEActor", leaf, distribution_kwargs, bounded="TanhNormalMixture", unbounded="NormalMixture"
+                "PMOEActor", box, distribution_kwargs, bounded="TanhNormalMixture", unbounded="NormalMixture"
             )
         chain = expert_chain(
             "PMOEActor",
             num_experts,
-            leaf.shape[-1],
+            box.shape[-1],
             network=network,
             router=router,
             default_router="detached",
@@ -203,8 +204,8 @@ class PMOEActor(ExpertsActor):
             num_cells=num_cells,
             device=device,
         )
-        # parameters of the distribution, [*agents, K, A]
-        loc = torch.zeros(*leaf.shape[:-1], num_experts, leaf.shape[-1], dtype=leaf.dtype, device=leaf.device)
+        # a distribution of zeros, [*agents, K, A], so that a wrong option of it is refused here
+        loc = torch.zeros(*box.shape[:-1], num_experts, box.shape[-1], dtype=box.dtype, device=box.device)
         try_distribution(
             "PMOEActor", distribution_class, distribution_kwargs or {}, logits=loc[..., 0], loc=loc, scale=loc + 1
         )
@@ -241,6 +242,7 @@ class BestOfExpertsActor(TensorDictModuleBase):
         super().__init__()
         self.actor = actor
         self.score_proposals = score_proposals
+        # the loss, if score_proposals is its method
         owner = getattr(score_proposals, "__self__", None)
         if isinstance(owner, nn.Module):
             self.critics = owner
@@ -257,8 +259,9 @@ class BestOfExpertsActor(TensorDictModuleBase):
         """Write the action into ``tensordict``."""
         dist = self.actor.get_dist(tensordict)
         kind = interaction_type() or self.actor[-1].default_interaction_type
+        # [*B, K, A]
         proposals = dist.propose().action if kind is InteractionType.RANDOM else dist.expert_mode
-        best = self.score_proposals(tensordict, proposals).argmax(-1)
+        best = self.score_proposals(tensordict, proposals).argmax(-1)  # [*B]
         return tensordict.set(self.action_key, take_expert(proposals, best))
 
 

@@ -87,7 +87,7 @@ class MixtureParamExtractor(nn.Module):
         """
         features, *others = tensors
         size, experts = features.shape[-1], self.num_experts
-        action = (size // experts - 1) // 2
+        action = (size // experts - 1) // 2  # A, from K (2A + 1) features
         if action < 1 or size != experts * (2 * action + 1) or self.action_size not in (None, action):
             expected = f"K (2A + 1) with K={experts}"
             if self.action_size is not None:
@@ -99,6 +99,7 @@ class MixtureParamExtractor(nn.Module):
         # [*B, K], [*B, K A], [*B, K A]; the last two become [*B, K, A]
         logits, loc, scale = features.split((experts, experts * action, experts * action), -1)
         if self.floor:
+            # back to logits, which the mixture takes
             logits = torch.log((1.0 - self.floor) * logits.softmax(-1) + self.floor / experts)
         loc = loc.unflatten(-1, (experts, action))
         scale = self.scale_mapping(scale.unflatten(-1, (experts, action)))

@@ -136,6 +136,7 @@ class ExpertNetwork(nn.Module):
         outputs = 2 * size if options.state_dependent_scale else size
         self.experts = head(outputs, spread=options.loc_spread, spread_over=size)
         self.log_scale = None if options.state_dependent_scale else nn.Parameter(torch.zeros(size, device=device))
+        # the router reads the trunk's features, or the inputs if it is a module or has a trunk of its own
         self.router: nn.Module
         if isinstance(router, nn.Module):
             self.router = router
@@ -161,7 +162,8 @@ class ExpertNetwork(nn.Module):
             logits = self.router(features.detach() if self.reads == "detached" else features)
         experts = self.experts(features)  # [*B, 2KA], or [*B, KA] where the scale is a parameter
         if self.log_scale is None:
-            return torch.cat((logits, experts), -1)
+            return torch.cat((logits, experts), -1)  # [*B, router_size + 2KA]
+        # one scale for all states: [K A] to [*B, K A]
         return torch.cat((logits, experts, self.log_scale.expand(experts.shape)), -1)
 
 
@@ -191,7 +193,7 @@ class SelectExpert(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Loc and scale, ``[*B, A]`` each."""
-        _, loc, scale, *_ = self.network(*inputs)
+        _, loc, scale, *_ = self.network(*inputs)  # [*B, K, A] each
         return loc[..., self.expert, :], scale[..., self.expert, :]
 
 
@@ -253,6 +255,7 @@ def expert_chain(
         action_size=action_size,
     )
     if network is not None:
+        # its own router is inside; only the split into parameters is ours
         if router is not None:
             raise ValueError(f"{owner}: router= belongs to the built-in network and cannot go with network=.")
         return Chain(network, extractor)

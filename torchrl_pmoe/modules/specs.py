@@ -11,7 +11,7 @@ from tensordict import NestedKey
 from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
-__all__ = ["action_leaf", "box_of_floats", "refuse_unknown", "try_distribution", "with_bounds"]
+__all__ = ["box_of_floats", "refuse_unknown", "single_action", "try_distribution", "with_bounds"]
 
 
 def refuse_unknown(owner: type, options: Mapping[str, Any], *takers: type, without: Sequence[str] = ()) -> None:
@@ -26,6 +26,7 @@ def refuse_unknown(owner: type, options: Mapping[str, Any], *takers: type, witho
     Raises:
         TypeError: for the first option in alphabetical order that neither ``owner`` nor one of ``takers`` knows.
     """
+    # positional and keyword parameters, without **kwargs
     found = [signature(taker.__init__).parameters.values() for taker in (owner, *takers)]  # type: ignore[misc]
     known = {p.name for parameters in found for p in parameters if p.kind is not Parameter.VAR_KEYWORD}
     known -= set(without)
@@ -55,10 +56,10 @@ def try_distribution(owner: str, kind: Callable[..., Any], kwargs: Mapping[str, 
         raise type(error)(f"{owner}: distribution_kwargs: {error}") from error
 
 
-def action_leaf(
+def single_action(
     owner: str, spec: TensorSpec, out_keys: Sequence[NestedKey] | None
 ) -> tuple[TensorSpec, NestedKey, Composite]:
-    """The action's own spec, its key, and a composite that holds it alone.
+    """The action's own spec, its key, and a composite spec of the action alone.
 
     Raises:
         ValueError: if ``spec`` holds no action or several, or the action is not a box of floats.
@@ -68,26 +69,27 @@ def action_leaf(
     if not isinstance(spec, Composite):
         key = "action" if out_keys is None else out_keys[0]
         return box_of_floats(owner, spec), key, Composite({key: spec})
-    leaves = list(spec.keys(True, True))
-    found = leaves if out_keys is None else [key for key in leaves if key == out_keys[0]]
+    keys = list(spec.keys(True, True))
+    found = keys if out_keys is None else [key for key in keys if key == out_keys[0]]
     if len(found) != 1:
-        raise ValueError(f"{owner}: spec must hold one action, got keys {leaves}.")
+        raise ValueError(f"{owner}: spec must hold one action, got keys {keys}.")
+    # a copy without the other entries keeps the nesting and the batch shape of the composite
     alone = spec.clone()
-    for key in leaves:
+    for key in keys:
         if key != found[0]:
             del alone[key]
     return box_of_floats(owner, spec[found[0]]), found[0], alone
 
 
-def box_of_floats(owner: str, leaf: TensorSpec) -> TensorSpec:
-    """``leaf`` itself, if it is a box of floats.
+def box_of_floats(owner: str, spec: TensorSpec) -> TensorSpec:
+    """``spec`` itself, if it is a box of floats.
 
     Raises:
         ValueError: if it is not.
     """
-    if not isinstance(leaf, Bounded | Unbounded) or not leaf.dtype.is_floating_point or not leaf.shape:
-        raise ValueError(f"{owner}: the action spec must be a box of floats, got {type(leaf).__name__}.")
-    return leaf
+    if not isinstance(spec, Bounded | Unbounded) or not spec.dtype.is_floating_point or not spec.shape:
+        raise ValueError(f"{owner}: the action spec must be a box of floats, got {type(spec).__name__}.")
+    return spec
 
 
 def with_bounds(
@@ -121,6 +123,7 @@ def with_bounds(
         bound = getattr(spec.space, name)
         if not bound.isfinite().all():
             raise ValueError(f"{owner}: the spec's {name} must be finite, got {bound.tolist()}.")
+        # from [*environments, *agents, A] to [A], as long as the rows are the same
         while bound.ndim > 1 and (bound == bound[:1]).all():
             bound = bound[0]
         bounds[name] = bound.flatten()[0].item() if (bound == bound.flatten()[0]).all() else bound.clone()

@@ -58,7 +58,7 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
     def _set_target_entropy(self) -> None:
         """Turn ``"auto"`` into a number, and refuse a number that no policy can reach."""
         target: Any = self._target_entropy
-        units = action_units(self.actor_network, self._action_leaf())
+        units = action_units(self.actor_network, self._single_action_spec())
         if target == "auto":
             # without a spec the parent's first call says what it misses
             if units is not None:
@@ -76,7 +76,7 @@ class CriticScoredSACLoss(CriticScoredLoss, SACLoss):
                 "the entropy of the uniform distribution between the action's bounds."
             )
 
-    def _action_leaf(self) -> TensorSpec | None:
+    def _single_action_spec(self) -> TensorSpec | None:
         """Spec of the action alone, if there is one."""
         spec = self._action_spec if self._action_spec is not None else getattr(self.actor_network, "spec", None)
         if isinstance(spec, Composite):

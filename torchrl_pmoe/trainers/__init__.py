@@ -1,11 +1,12 @@
 """Optimisation steppers, hooks and diagnostics for :class:`torchrl.trainers.Trainer`."""
 
 from torchrl_pmoe.trainers.diagnostics import mixture_diagnostics, policy_diagnostics, saturation
-from torchrl_pmoe.trainers.hooks import ExpertCollapse, FlatReplay, PeriodicEvaluation, ProgressBar
+from torchrl_pmoe.trainers.hooks import EpisodeReturns, ExpertCollapse, FlatReplay, PeriodicEvaluation, ProgressBar
 from torchrl_pmoe.trainers.nonfinite import FiniteBatch, FiniteLoss, NonFiniteError
 from torchrl_pmoe.trainers.steppers import FusedOptimizationStepper
 
 __all__ = [
+    "EpisodeReturns",
     "ExpertCollapse",
     "FiniteBatch",
     "FiniteLoss",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import ReplayBufferTrainer, TrainerHookBase
 from tqdm import tqdm
 
-__all__ = ["ExpertCollapse", "FlatReplay", "PeriodicEvaluation", "ProgressBar"]
+__all__ = ["EpisodeReturns", "ExpertCollapse", "FlatReplay", "PeriodicEvaluation", "ProgressBar"]
 
 
 class FlatReplay(ReplayBufferTrainer):
@@ -109,6 +111,70 @@ class ExpertCollapse(_StatelessHook):
         trainer.register_module(name, self)
 
 
+class EpisodeReturns(_StatelessHook):
+    """Keeps the returns of the training episodes that have ended, without a look at any value.
+
+    Args:
+        recent: how many are kept.
+    """
+
+    def __init__(self, recent: int = 100) -> None:
+        self.recent = recent
+        self._running: Tensor | None = None
+        self._returns: Tensor | None = None
+        self._ended: Tensor | None = None
+
+    def __call__(self, batch: TensorDictBase) -> None:
+        """Take in a collected batch ``[*N, T]``."""
+        steps = batch.shape[-1]
+        reward = batch["next", "reward"].reshape(-1, steps).double()  # [N, T]
+        done = batch["next", "done"].reshape(-1, steps)
+        if self._running is None:
+            self._running = reward.new_zeros(len(reward))
+            self._returns = reward.new_full((self.recent + 1,), math.nan)
+            self._ended = torch.zeros((), dtype=torch.int64, device=reward.device)
+        assert self._returns is not None
+        assert self._ended is not None
+        running = self._running.to(reward.device)
+        total = reward.cumsum(-1) + running.unsqueeze(-1)
+        # where the episode before each step's own has ended: -1 if that was before this batch
+        end = torch.where(done, torch.arange(steps, device=done.device), -1).cummax(-1).values  # [N, T]
+        before = torch.cat([end.new_full((len(end), 1), -1), end[:, :-1]], -1)
+        returns = total - _total_at(total, before)
+        self._running = total[:, -1] - _total_at(total, end)[:, -1]
+        # in the order of time; what has not ended goes to one more place, which is not read
+        ended, returns = done.t().reshape(-1), returns.t().reshape(-1)
+        count = self._ended.to(done.device) + ended.cumsum(0)
+        # of more episodes than there are places, the last ones stay
+        kept = ended & (count > count[-1] - self.recent)
+        place = torch.where(kept, (count - 1) % self.recent, self.recent)
+        self._returns = self._returns.to(returns.device).scatter(0, place, returns)
+        self._ended = count[-1]
+
+    def mean(self) -> float:
+        """Mean over the episodes that are kept; nan before the first has ended."""
+        return math.nan if self._returns is None else self._returns[:-1].nanmean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The episodes under way, and those that have ended."""
+        return {"running": self._running, "returns": self._returns, "ended": self._ended}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._running, self._returns = state_dict["running"], state_dict["returns"]
+        self._ended = state_dict["ended"]
+
+    def register(self, trainer: Trainer, name: str = "episode_returns") -> None:
+        """Register ahead of whatever takes keys out of the batch, and with the checkpoint."""
+        trainer.register_op("batch_process", self)
+        trainer.register_module(name, self)
+
+
+def _total_at(total: Tensor, index: Tensor) -> Tensor:
+    """Entries of ``total`` ``[N, T]`` at ``index`` ``[N, T]``; 0 where that is -1."""
+    return torch.where(index >= 0, total.gather(-1, index.clamp_min(0)), 0)
+
+
 class PeriodicEvaluation(_StatelessHook):
     """Calls ``evaluate(frames)`` whenever another ``interval`` frames were collected, and at the end.
 
@@ -157,13 +223,22 @@ class ProgressBar(_StatelessHook):
         total_frames: the length of the bar.
         status: returns what is shown behind the bar, after every collected batch.
         initial: frames that an earlier run has collected.
+        begun: whether updates are at their usual speed. Frames before that (random ones, and the one in which updates
+            are compiled) say nothing of the time that is left, and do not count for it.
         disable: show nothing.
     """
 
     def __init__(
-        self, total_frames: int, status: Callable[[], dict[str, str]], *, initial: int = 0, disable: bool = False
+        self,
+        total_frames: int,
+        status: Callable[[], dict[str, str]],
+        *,
+        initial: int = 0,
+        begun: Callable[[], bool] = lambda: False,
+        disable: bool = False,
     ) -> None:
         self.status = status
+        self.begun: Callable[[], bool] | None = begun
         # a log file gets a line now and then, a terminal a bar that moves
         self._interval = 0.2 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
@@ -178,6 +253,10 @@ class ProgressBar(_StatelessHook):
             self._shown = now
             self._bar.set_postfix(self.status(), refresh=False)
         self._bar.update(0 if batch is None else batch.numel())
+        if self.begun is not None and self.begun():
+            self.begun = None
+            self._bar.initial = self._bar.n
+            self._bar.start_t = self._bar.last_print_t = time.time()
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -1,9 +1,9 @@
-"""Physics engines behind the MuJoCo tasks: what TorchRL's own leave out, exact to what Gymnasium reads.
+"""Physics engines of the MuJoCo tasks, which give the same numbers as Gymnasium's environments.
 
-Gymnasium reads more than ``qpos`` and ``qvel`` (body positions, inertias, contact forces) and reads it as the last
-substep left it. TorchRL's engines keep float32 copies of ``qpos`` and ``qvel`` alone and recompute the rest for the
-whole batch when one row is reset. The two engines here hand out any array of MuJoCo's data in the engine's own
-precision, and a reset touches the rows it names and no other.
+Gymnasium reads more than ``qpos`` and ``qvel`` (body positions, inertias, contact forces), in the state after the last
+substep. TorchRL's engines keep float32 copies of ``qpos`` and ``qvel`` only, and recompute the rest for the whole batch
+when one row is reset. The two engines here return any array of MuJoCo's data in the engine's own precision, and a reset
+changes its own rows only.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tqdm import tqdm
 __all__ = ["MJXEngine", "MujocoEngine", "quiet_mujoco"]
 
 DIVERGED = 1e10
-"""The position, velocity or acceleration from which on MuJoCo gives a simulation up."""
+"""The size of a position, velocity or acceleration at which MuJoCo resets a simulation."""
 
 
 @contextlib.contextmanager
 def quiet_mujoco() -> Iterator[None]:
-    """Leave out MuJoCo's line about ``settotalmass``, which Gymnasium's HalfCheetah asset brings up."""
+    """Suppress MuJoCo's warning about ``settotalmass``, which Gymnasium's HalfCheetah asset causes."""
     if importlib.util.find_spec("mujoco") is None:
         yield
         return
@@ -59,7 +59,7 @@ def quiet_mujoco() -> Iterator[None]:
 
 
 def load_model(path: Path, *, pgs: bool = True) -> Any:
-    """The compiled ``mujoco.MjModel`` of an xml file; without ``pgs``, Newton's method stands in for that solver."""
+    """The compiled ``mujoco.MjModel`` of an xml file; without ``pgs``, Newton's method replaces that solver."""
     import mujoco
 
     with quiet_mujoco():
@@ -70,13 +70,13 @@ def load_model(path: Path, *, pgs: bool = True) -> Any:
 
 
 class _Engine(_PhysicsBackend):
-    """What the environments ask of an engine beside TorchRL's contract.
+    """What the environments need from an engine besides TorchRL's own interface.
 
     Args:
         source: an xml file.
         num_envs: ``N``, the number of rows.
-        device: where the tensors that are handed out live.
-        fields: arrays of MuJoCo's data that are read beside ``qpos`` and ``qvel``, for example ``"cfrc_ext"``.
+        device: of the tensors that are returned.
+        fields: arrays of MuJoCo's data that are read besides ``qpos`` and ``qvel``, for example ``"cfrc_ext"``.
     """
 
     def __init__(self, source: Path, *, num_envs: int, device: torch.device, fields: Sequence[str] = ()) -> None:
@@ -84,11 +84,11 @@ class _Engine(_PhysicsBackend):
         _PhysicsBackend.__init__(self, source, num_envs=num_envs, device=device)
 
     def read(self, field: str) -> Tensor:
-        """One array of MuJoCo's data, ``[N, *shape]``, not to be written to."""
+        """One array of MuJoCo's data, ``[N, *shape]``; do not write to it."""
         raise NotImplementedError
 
     def _describe(self, model: Any, dtype: torch.dtype) -> None:
-        """Put in place the attributes TorchRL reads."""
+        """Set the attributes that TorchRL reads."""
         self.nq, self.nv, self.nu = int(model.nq), int(model.nv), int(model.nu)
         self.timestep = float(model.opt.timestep)
         self.qpos0 = torch.tensor(model.qpos0, dtype=dtype, device=self.device)
@@ -114,24 +114,26 @@ class _Engine(_PhysicsBackend):
 
 
 class MujocoEngine(_Engine):
-    """MuJoCo in double precision, one ``MjData`` a row, all in this process and on the CPU.
+    """MuJoCo in double precision, one ``MjData`` per row, in this process and on the CPU.
 
-    The calls are Gymnasium's, in Gymnasium's order, so a row is the Gymnasium environment to the last bit.
+    It makes the same calls as Gymnasium in the same order, so a row equals the Gymnasium environment to the last bit.
     """
 
     def _init_model(self, source: Path) -> None:
         import mujoco
 
         self._mujoco, self._model = mujoco, load_model(source)
-        self._hold([mujoco.MjData(self._model) for _ in range(self.num_envs)])
+        self._set_rows([mujoco.MjData(self._model) for _ in range(self.num_envs)])
         self._describe(self._model, torch.float64)
         self.reset(self.qpos0.expand(self.num_envs, -1), self.qvel0.expand(self.num_envs, -1))
 
-    def _hold(self, rows: list[Any]) -> None:
+    def _set_rows(self, rows: list[Any]) -> None:
         self._rows = rows
+        # views of MuJoCo's own memory, which every step writes to
         self._views = {name: [getattr(row, name) for row in rows] for name in self._fields if name != "time"}
 
     def _collect(self) -> None:
+        """Copy the rows' arrays into tensors ``[N, *shape]``."""
         self._read = {name: torch.from_numpy(np.stack(views)) for name, views in self._views.items()}
         self._read["time"] = torch.tensor([row.time for row in self._rows], dtype=torch.float64)
 
@@ -144,7 +146,7 @@ class MujocoEngine(_Engine):
         self._reset(range(self.num_envs), qpos, qvel)
 
     def reset_mask(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
-        """Start the rows where ``mask`` ``[N]`` is true, and touch no other."""
+        """Start the rows where ``mask`` ``[N]`` is true, and leave the others as they are."""
         self._reset(mask.nonzero().flatten().tolist(), qpos, qvel)
 
     def _reset(self, rows: Sequence[int], qpos: Tensor, qvel: Tensor) -> None:
@@ -157,34 +159,35 @@ class MujocoEngine(_Engine):
         self._collect()
 
     def step(self, ctrl: Tensor, frame_skip: int) -> None:
-        """Advance by ``frame_skip`` substeps under ``ctrl`` ``[N, nu]``, which MuJoCo itself clips."""
+        """Advance by ``frame_skip`` substeps under ``ctrl`` ``[N, nu]``, which MuJoCo clips."""
         forces = "cfrc_ext" in self._views
         for data, row in zip(self._rows, ctrl.detach().cpu().numpy(), strict=True):
             data.ctrl[:] = row
             self._mujoco.mj_step(self._model, data, nstep=frame_skip)
+            # Gymnasium does the same: MuJoCo computes contact forces on request only
             if forces:
                 self._mujoco.mj_rnePostConstraint(self._model, data)
         self._collect()
 
     def clone_batch(self, index: Any, num_envs: int) -> MujocoEngine:
-        """An engine of its own that starts where the indexed rows stand."""
+        """A new engine whose rows start in the states of the indexed rows."""
         engine = copy(self)
         engine.num_envs = num_envs
-        engine._hold([copy(self._rows[row]) for row in self._numbers(index)])
+        engine._set_rows([copy(self._rows[row]) for row in self._row_numbers(index)])
         engine._collect()
         return engine
 
     def set_batch(self, index: Any, source: _PhysicsBackend) -> None:
-        """Put the indexed rows where those of ``source`` stand."""
+        """Put the indexed rows into the states of the rows of ``source``."""
         if not isinstance(source, MujocoEngine):
             raise TypeError(f"MujocoEngine: rows can be set from another MujocoEngine, got {type(source).__name__}.")
         rows = list(self._rows)
-        for row, data in zip(self._numbers(index), source._rows, strict=True):
+        for row, data in zip(self._row_numbers(index), source._rows, strict=True):
             rows[row] = copy(data)
-        self._hold(rows)
+        self._set_rows(rows)
         self._collect()
 
-    def _numbers(self, index: Any) -> list[int]:
+    def _row_numbers(self, index: Any) -> list[int]:
         return torch.arange(self.num_envs)[index.cpu() if isinstance(index, Tensor) else index].tolist()
 
     @property
@@ -214,7 +217,7 @@ class MujocoEngine(_Engine):
 
 
 class _Programs(NamedTuple):
-    """A model on a device, and what was compiled for it; jax compiles anew for every batch size."""
+    """A model on a device with its initial state and its compiled functions; jax compiles for every batch size."""
 
     model: Any
     first: Any
@@ -225,9 +228,9 @@ class _Programs(NamedTuple):
 class MJXEngine(_Engine, _MJXBackend):
     """MJX: MuJoCo in JAX, all rows in one compiled call for all substeps, shared with torch through DLPack.
 
-    Single precision, unless ``jax_enable_x64`` is set before the engine is made. MJX has no projected Gauss-Seidel
-    solver: where an asset asks for one (both humanoids), Newton's method solves the same problem. A row that diverges
-    goes on from the model's initial state, as MuJoCo's own do.
+    It runs in single precision unless ``jax_enable_x64`` is set before the engine is made. MJX has no projected
+    Gauss-Seidel solver: for assets that ask for one (both humanoids) Newton's method solves the same problem. A row
+    that diverges continues from the model's initial state, as it does in MuJoCo.
     """
 
     def _init_model(self, source: Path) -> None:
@@ -236,17 +239,19 @@ class MJXEngine(_Engine, _MJXBackend):
         self._jax_device = jax_device(jax, self.device)
         forces = "cfrc_ext" in self._fields
         self._programs = _programs(source, forces, self._jax_device, bool(jax.config.jax_enable_x64))
+        # the names that TorchRL's engine uses
         self._mx, self._dx0_single = self._programs.model, self._programs.first
         self._describe(self._m_mj, torch.float64 if jax.config.jax_enable_x64 else torch.float32)
         rows = jax.device_put(jax.numpy.arange(self.num_envs), self._jax_device)
         self._dx = jax.vmap(lambda _: self._dx0_single)(rows)
 
     def warm_up(self, frame_skip: int, label: str) -> None:
-        """Compile what a reset and a step need, under a progress bar that is taken away; then start over."""
+        """Compile reset and step behind a progress bar that disappears, then restore the initial state."""
         with tqdm(total=2, desc=f"MJX compiles {label}", leave=False, disable=None) as bar:
             start = self.qpos0.expand(self.num_envs, -1), self.qvel0.expand(self.num_envs, -1)
             self.reset(*start)
             bar.update()
+            # the step is for the compiler only
             before = self._dx
             self.step(torch.zeros(self.num_envs, self.nu, device=self.device), frame_skip)
             self._jax.block_until_ready(self._dx)
@@ -254,7 +259,8 @@ class MJXEngine(_Engine, _MJXBackend):
             bar.update()
 
     def read(self, field: str) -> Tensor:
-        """See :class:`_Engine`; shares its memory with jax."""
+        """See :class:`_Engine`; the tensor shares its memory with jax."""
+        # some arrays stand one level deeper, in what MJX calls its implementation
         data = self._dx if field in self._dx.__dataclass_fields__ else self._dx._impl
         return torch.from_dlpack(getattr(data, field)).to(self.device)
 
@@ -263,20 +269,20 @@ class MJXEngine(_Engine, _MJXBackend):
         self.reset_mask(torch.ones(self.num_envs, dtype=torch.bool, device=self.device), qpos, qvel)
 
     def reset_mask(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
-        """Start the rows where ``mask`` ``[N]`` is true, and touch no other."""
+        """Start the rows where ``mask`` ``[N]`` is true, and leave the others as they are."""
         given = mask.to(torch.uint8), qpos.to(self.qpos0.dtype), qvel.to(self.qpos0.dtype)
-        # a copy: jax takes torch's memory as it is, and for as long as it likes
+        # copies: jax uses torch's memory itself, and may still do so after this call has returned
         self._dx = self._programs.reset(self._dx, *(self._torch_to_jax(tensor.clone()) for tensor in given))
 
     def step(self, ctrl: Tensor, frame_skip: int) -> None:
-        """Advance by ``frame_skip`` substeps under ``ctrl`` ``[N, nu]``, which MJX itself clips."""
+        """Advance by ``frame_skip`` substeps under ``ctrl`` ``[N, nu]``, which MJX clips."""
         ctrl = self._torch_to_jax(ctrl.to(self.qpos0.dtype, copy=True))
         self._dx = self._programs.step(self._dx, ctrl, frame_skip)
 
 
 def import_mjx() -> tuple[Any, Any]:
-    """The modules ``jax`` and ``mujoco.mjx``, imported without the lines MJX prints where NVIDIA's Warp is missing."""
-    # by default jax takes three quarters of a GPU's memory at once, which torch needs too
+    """The modules ``jax`` and ``mujoco.mjx``, without the lines that MJX prints where NVIDIA's Warp is missing."""
+    # by default jax reserves three quarters of a GPU's memory, and torch needs some too
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.redirect_stdout(io.StringIO()):
         import jax
@@ -286,17 +292,18 @@ def import_mjx() -> tuple[Any, Any]:
 
 def has_mjx() -> bool:
     """Whether ``jax`` and ``mujoco.mjx`` are installed."""
+    # find_spec of a submodule imports its parent, so the parents are looked for first
     installed = all(importlib.util.find_spec(name) is not None for name in ("jax", "mujoco"))
     return installed and importlib.util.find_spec("mujoco.mjx") is not None
 
 
 def jax_device(jax: Any, device: torch.device) -> Any:
-    """The jax device that is this torch device.
+    """The jax device of a torch device.
 
     Raises:
-        ValueError: where jax has none.
+        ValueError: if jax has none.
     """
-    logger = logging.getLogger("jax._src.xla_bridge")  # it warns of a GPU it cannot use, wanted or not
+    logger = logging.getLogger("jax._src.xla_bridge")  # it warns of a GPU that it cannot use, also when asked for a CPU
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -313,13 +320,14 @@ def jax_device(jax: Any, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def _mujocos_contact_frames() -> Iterator[None]:
-    """While jax traces: friction of a capsule on a plane acts along the capsule and across it, as in MuJoCo.
+    """While jax traces, friction of a capsule on a plane acts along the capsule and across it, as in MuJoCo.
 
-    MJX takes fixed axes instead where the capsule stands within 30 degrees of upright. The friction cone is a pyramid
-    on these axes, so a step of the Ant came out up to 1.5 rad/s beside MuJoCo's.
+    MJX takes fixed axes instead if the capsule stands within 30 degrees of upright. The friction cone is a pyramid on
+    these axes, so a step of the Ant differed from MuJoCo's by up to 1.5 rad/s.
 
-    MJX offers no other place for it than a table of its own. What stands there meanwhile acts in the threads that are
-    within this context and hands everybody else's calls through; the last to leave puts back what was there.
+    The only place to change it is MJX's own table of collision functions. The function that stands there meanwhile
+    changes calls of the threads within this context and passes on all others; the last thread to leave restores the
+    table.
     """
     from mujoco.mjx._src import collision_driver
 
@@ -345,7 +353,7 @@ def _mujocos_contact_frames() -> Iterator[None]:
 
 
 class _Tracing:
-    """Who is within :func:`_mujocos_contact_frames`, over all threads and in this one."""
+    """Number of contexts of :func:`_mujocos_contact_frames` that are entered, in all threads and in this one."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -358,7 +366,7 @@ _tracing = _Tracing()
 
 
 def _along_the_capsule(collide: Callable[..., Any]) -> Callable[..., Any]:
-    """MJX's collision of planes and capsules, with frames ``[pairs * 2, 3, 3]`` of normal, axis and across."""
+    """MJX's collision of planes and capsules with other frames ``[pairs * 2, 3, 3]``: normal, along, across."""
     jp = import_mjx()[0].numpy
 
     @functools.wraps(collide)
@@ -366,6 +374,7 @@ def _along_the_capsule(collide: Callable[..., Any]) -> Callable[..., Any]:
         dist, pos, frame = collide(model, data, key, geom)
         if not getattr(_tracing.thread, "depth", 0):
             return dist, pos, frame
+        # two contacts per pair, so [pairs, 3] becomes [pairs * 2, 3]
         normal, axis = frame[:, 0], jp.repeat(data.geom_xmat[geom[:, 1]][:, :, 2], 2, axis=0)
         along = axis - normal * (normal * axis).sum(-1, keepdims=True)
         length = jp.linalg.norm(along, axis=-1, keepdims=True)
@@ -377,7 +386,7 @@ def _along_the_capsule(collide: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _programs(source: Path, forces: bool, device: Any, x64: bool) -> _Programs:
-    """Kept by what they depend on, so that a second environment of a task does not compile again."""
+    """Compiled functions, cached so that a second environment of a task does not compile them again."""
     jax, mjx = import_mjx()
     model = load_model(source, pgs=False)
     mx = mjx.put_model(model, device=device, impl="jax")
@@ -387,7 +396,7 @@ def _programs(source: Path, forces: bool, device: Any, x64: bool) -> _Programs:
         return jax.tree_util.tree_map(lambda yes, no: jax.numpy.where(condition, yes, no), yes, no)
 
     def exact(function: Callable[..., Any]) -> Callable[..., Any]:
-        # on NVIDIA's GPUs jax would multiply in 10 bits of mantissa
+        # on NVIDIA's GPUs jax would multiply with ten bits of mantissa (TF32)
         @functools.wraps(function)
         def inner(*args: Any) -> Any:
             with jax.default_matmul_precision("highest"), _mujocos_contact_frames():
@@ -400,6 +409,7 @@ def _programs(source: Path, forces: bool, device: Any, x64: bool) -> _Programs:
         def one(row: Any, ctrl: Any) -> Any:
             row = jax.lax.fori_loop(0, frame_skip, lambda _, row: mjx.step(mx, row), row.replace(ctrl=ctrl))
             row = mjx.rne_postconstraint(mx, row) if forces else row
+            # NaN compares false, so a row with NaN starts anew too
             state = jax.numpy.concatenate([row.qpos, row.qvel, row.qacc])
             return choose((jax.numpy.abs(state) < DIVERGED).all(), row, first)
 

@@ -1,20 +1,20 @@
 """Gymnasium's six MuJoCo v4 tasks as batches of environments, on TorchRL's :class:`MujocoEnv`.
 
 Assets, frame skip, reset noise, observations, rewards and ends are those of Gymnasium's v4 tasks with their default
-arguments; the xml files are read from the installed Gymnasium. Two engines run them:
+arguments. The xml files are read from the installed Gymnasium. There are two engines:
 
 ``"mujoco"``
-    MuJoCo itself, in double precision on the CPU, the rows one after the other in this process. Every row is the
+    MuJoCo itself, in double precision on the CPU, one row after the other in this process. Every row equals the
     Gymnasium environment to the last bit, before observations and rewards are rounded to float32.
 ``"mjx"``
-    MuJoCo in JAX, all rows in one call, on the CPU or on the GPU where the tensors live. From the same state and
-    action, one step's positions and velocities differ from Gymnasium's by less than 1e-4 (Hopper: 4e-6) in 99 of 100
-    steps, in units of 1 + |value|. Of 1,000 steps of HumanoidStandup one differed by 2e-2: rounded to float32, a
-    contact begins a substep sooner, and MuJoCo rounded to float32 does the same. With ``jax_enable_x64`` every step is
-    within 1e-12 for HalfCheetah, Hopper and Walker2d, 1e-7 for Ant, and 2e-4 for the humanoids, whose assets ask for a
-    solver that MJX lacks. Speeds come from float32 positions: ``x`` metres out, their error is ``1e-7 x / dt``. All
-    this is against MuJoCo of MJX's own version, which the extra ``mjx`` installs: MuJoCo 4.0 integrates Ant's free
-    joint another way than MJX 3.17 does (up to 1e-3 in 99 of 100 steps, and 2e-1 in one).
+    MuJoCo in JAX, all rows in one call, on the CPU or the GPU that the tensors are on. From the same state and action,
+    positions and velocities after one step differ from Gymnasium's by less than 1e-4 (Hopper: 4e-6) in 99 of 100
+    steps, in units of 1 + |value|. One of 1,000 steps of HumanoidStandup differed by 2e-2: in float32 a contact began
+    one substep sooner, as it does in MuJoCo itself with a state rounded to float32. With ``jax_enable_x64`` every step
+    is within 1e-12 for HalfCheetah, Hopper and Walker2d, 1e-7 for Ant, and 2e-4 for the humanoids, whose assets ask for
+    a solver that MJX does not have. Speeds are computed from float32 positions, so at ``x`` metres from the start their
+    error is ``1e-7 x / dt``. These numbers hold for MuJoCo of MJX's own version, which the extra ``mjx`` installs:
+    MuJoCo 4.0 integrates Ant's free joint in another way than MJX 3.17 (up to 1e-3 in 99 of 100 steps, 2e-1 in one).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_EPISODE_STEPS = 1000
 
 
 class _InProcess(_MujocoMeta):
-    """TorchRL would make a process of every row of the ``mujoco`` backend."""
+    """Metaclass that keeps all rows in this process; TorchRL's own starts a process for every ``mujoco`` row."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return _EnvPostInit.__call__(cls, *args, **kwargs)
@@ -51,13 +51,13 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
     """One of Gymnasium's v4 tasks, ``num_envs`` rows at once; :func:`mujoco_task` makes them by name.
 
     Reads ``action`` ``[N, A]``; writes ``observation`` ``[N, O]``, ``reward``, ``terminated``, ``truncated`` and
-    ``done`` ``[N, 1]``. A ``"_reset"`` mask resets the rows it names and leaves the others as they are. With
-    ``env.reset(TensorDict(qpos=..., qvel=...), set_state=True)`` an episode starts from a state of the caller's.
+    ``done`` ``[N, 1]``. A ``"_reset"`` mask resets its rows and leaves the others as they are.
+    ``env.reset(TensorDict(qpos=..., qvel=...), set_state=True)`` starts an episode from the given state.
 
     Keyword Args:
         num_envs: ``N``.
         seed: of the reset noise; drawn from torch's global generator if not given.
-        device: where everything that is read and written lives.
+        device: of the tensors that are read and written.
         backend: ``"mjx"`` or ``"mujoco"``.
         max_episode_steps: steps after which an episode is truncated.
         dtype: of actions, observations and rewards.
@@ -66,9 +66,9 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
     ASSET: ClassVar[str]
     RESET_NOISE_SCALE: ClassVar[float] = 0.01
     NORMAL_VELOCITIES: ClassVar[bool] = False
-    """Whether the velocities' noise is normal; the positions' is uniform, always."""
+    """Whether the noise of the velocities is normal; that of the positions is always uniform."""
     FIELDS: ClassVar[tuple[str, ...]] = ()
-    """Arrays of MuJoCo's data that observation and reward read beside ``qpos`` and ``qvel``."""
+    """Arrays of MuJoCo's data that observation and reward need besides ``qpos`` and ``qvel``."""
     CTRL_COST_WEIGHT: ClassVar[float]
 
     def __init__(
@@ -81,17 +81,19 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
         max_episode_steps: int = MAX_EPISODE_STEPS,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        # past MujocoEnv's own constructor, which would make one of its own engines
+        # skips MujocoEnv's constructor, which would make one of TorchRL's engines
         EnvBase.__init__(self, device=torch.device(device or "cpu"), batch_size=torch.Size([num_envs]))
         self.num_envs, self.dtype, self.backend_name = num_envs, dtype, backend
         self.frame_skip, self.max_episode_steps = self.FRAME_SKIP, max_episode_steps
         self.reset_noise_scale = self.RESET_NOISE_SCALE
+        # attributes that MujocoEnv's methods read
         self.from_pixels = self.pixels_only = False
         self.render_width = self.render_height = 480
         self.render_every, self.camera_id, self._render_counter, self._last_pixels = 1, 0, 0, None
         engine = MJXEngine if backend == "mjx" else MujocoEngine
         asset = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / self.ASSET
         self._backend: Any = engine(asset, num_envs=num_envs, device=self.device, fields=self.FIELDS)
+        # compile now, not in the first step of a training
         if isinstance(self._backend, MJXEngine):
             self._backend.warm_up(self.frame_skip, type(self).__name__)
         self.dt = self._backend.timestep * self.frame_skip
@@ -101,10 +103,10 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
         self._make_specs()
 
     def to(self, device: torch.device | str | int) -> MujocoTask:
-        """The environment itself, if it is there already.
+        """The environment itself, if it is on that device already.
 
         Raises:
-            ValueError: for another device, the engine and its compiled code stay where they were made.
+            ValueError: for another device. The engine and its compiled code cannot be moved.
         """
         if torch.empty(0, device=device).device != torch.empty(0, device=self.device).device:
             raise ValueError(f"{type(self).__name__}: made on {self.device}, cannot move to {device}; make it there.")
@@ -117,6 +119,7 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
 
     def _sample_initial_state(self, n: int, tensordict: TensorDictBase | None = None) -> tuple[Tensor, Tensor]:
         scale, rng = self.reset_noise_scale, self.rng
+        # [n, nq] and [n, nv]
         qpos = self._backend.qpos0.expand(n, -1).clone()
         qvel = self._backend.qvel0.expand(n, -1).clone()
         qpos += torch.empty_like(qpos).uniform_(-scale, scale, generator=rng)
@@ -141,11 +144,11 @@ class MujocoTask(MujocoEnv, metaclass=_InProcess):
 
     @abc.abstractmethod
     def _is_healthy(self, state: TensorDictBase) -> Tensor:
-        """Whether an episode goes on, ``[N]``; false for a state that is not a number."""
+        """Whether an episode continues, ``[N]``; false for a state with NaN."""
 
 
 class _Runner(MujocoTask):
-    """Speed along x, a bonus for every step, minus a cost of control."""
+    """Tasks whose reward is the speed along x, plus a bonus for every step, minus a cost of control."""
 
     HEALTHY_REWARD: ClassVar[float] = 1.0
     FORWARD_WEIGHT: ClassVar[float] = 1.0
@@ -187,6 +190,7 @@ class Hopper(_Planar):
 
     def _is_healthy(self, state: TensorDictBase) -> Tensor:
         height, angle = state["qpos"][..., 1], state["qpos"][..., 2]
+        # Gymnasium checks all but the first two positions
         rest = torch.cat([state["qpos"][..., 2:], state["qvel"]], -1)
         return (rest.abs() < 100).all(-1) & (height > 0.7) & (height < torch.inf) & (angle.abs() < 0.2)
 
@@ -202,7 +206,7 @@ class Walker2d(_Planar):
 
 
 class Ant(_Runner):
-    """Ant-v4: 27 observations, 8 actions; contact forces neither observed nor paid for, which is v4's default."""
+    """Ant-v4: 27 observations, 8 actions; by v4's default contact forces are neither observed nor in the reward."""
 
     ASSET, FRAME_SKIP, SKIP_QPOS, FIELDS = "ant.xml", 5, 2, ("xpos",)
     RESET_NOISE_SCALE, NORMAL_VELOCITIES = 0.1, True
@@ -218,7 +222,7 @@ class Ant(_Runner):
 
 
 class _Bodies(MujocoTask):
-    """What both humanoids observe: inertia and velocity of every body, and the forces on joints and bodies.
+    """Both humanoids, which observe inertia and velocity of every body and the forces on joints and bodies.
 
     The forces on bodies (``cfrc_ext``) are zero in the observation of a reset, as in Gymnasium.
     """
@@ -229,6 +233,7 @@ class _Bodies(MujocoTask):
 
     def _make_obs(self, state: TensorDictBase) -> Tensor:
         parts = [state["qpos"][..., 2:], state["qvel"]]
+        # [N, bodies, n] to [N, bodies n]
         parts += [state[name].flatten(1) for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")]
         return torch.cat(parts, -1).to(self.dtype)
 
@@ -241,6 +246,7 @@ class Humanoid(_Bodies, _Runner):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # the centre of mass is the mean of the bodies' centres, weighted by mass: [bodies]
         mass = torch.tensor(self._backend.mj_model.body_mass, dtype=self._backend.qpos0.dtype, device=self.device)
         self.mass_share = mass / mass.sum()
 
@@ -258,6 +264,7 @@ class HumanoidStandup(_Bodies):
     ASSET = "humanoidstandup.xml"
 
     def _compute_reward(self, state: TensorDictBase, action: Tensor, next_state: TensorDictBase) -> Tensor:
+        # v4 divides the height by the timestep and calls it a speed
         lift = next_state["qpos"][..., 2] / self._backend.timestep
         impact = (0.5e-6 * next_state["cfrc_ext"].square().sum((-2, -1))).clamp(max=10)
         return lift - self._control_cost(action) - impact + 1
@@ -293,11 +300,11 @@ def mujoco_task(
 
     Keyword Args:
         seed: of the reset noise.
-        device: where everything lives; with ``"mjx"`` the physics too.
+        device: of the tensors; with ``"mjx"`` of the physics too.
         backend: ``"mjx"``, one compiled call a step for all rows; ``"mujoco"``, MuJoCo itself.
 
     Raises:
-        ValueError: for an unknown name or backend, fewer than one row, a package or device that is missing.
+        ValueError: for an unknown name or backend, fewer than one row, or a missing package or device.
 
     Examples:
         >>> mujoco_task("Hopper-v4", 2, seed=0, backend="mujoco").rollout(5)["next", "reward"].shape

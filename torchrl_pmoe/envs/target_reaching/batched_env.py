@@ -20,8 +20,8 @@ class BatchedTargetReachingEnv(EnvBase):
     """``num_envs`` agents of :class:`TargetReachingEnv`, stepped as one tensor on any device.
 
     Reads ``action`` ``[N, 2]``; writes ``observation`` ``[N, 4]``, ``is_success`` ``[N, 1]`` (bool), ``reward``,
-    ``done``, ``terminated`` and ``truncated``. A ``"_reset"`` mask resets the rows it names. Actions are clipped to
-    their bounds. The agents' ``position`` ``[N, 2]`` and ``steps`` ``[N, 1]`` may be read and set.
+    ``done``, ``terminated`` and ``truncated``. A ``"_reset"`` mask resets its rows. Actions are clipped to their
+    bounds. The agents' ``position`` ``[N, 2]`` and ``steps`` ``[N, 1]`` can be read and set.
 
     Args:
         num_envs: ``N``.
@@ -30,7 +30,7 @@ class BatchedTargetReachingEnv(EnvBase):
     Keyword Args:
         max_episode_steps: steps after which an episode is truncated.
         seed: of the starts; drawn from torch's global generator if not given.
-        device: where everything lives, the generator of the starts included.
+        device: of the tensors and of the generator of the starts.
         **task: of :class:`TargetReachingTask`.
 
     Raises:
@@ -54,6 +54,7 @@ class BatchedTargetReachingEnv(EnvBase):
         for name, value in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"BatchedTargetReachingEnv: {name} must be an integer of at least 1, got {value!r}.")
+        # made before the environment: its errors name what is wrong with the task
         arrays = TargetReachingTask(layout, **task)
         super().__init__(device="cpu" if device is None else device, batch_size=[num_envs])
         self.task = arrays.as_tensors(self.device)
@@ -90,12 +91,13 @@ class BatchedTargetReachingEnv(EnvBase):
             self._generator.manual_seed(seed)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
+        # drawn for every row, so that the draws of a row do not depend on which rows are reset
         start = self._draw_starts()
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if mask is None:
             self.position, self.steps = start, torch.zeros_like(self.steps)
         else:
-            mask = mask.view(-1, 1)
+            mask = mask.view(-1, 1)  # [N, 1], beside positions [N, 2]
             self.position = torch.where(mask, start, self.position)
             self.steps = self.steps.masked_fill(mask, 0)
         return self._outcome()
@@ -108,13 +110,14 @@ class BatchedTargetReachingEnv(EnvBase):
     def _draw_starts(self) -> Tensor:
         number = self.batch_size[0]
         if self.task.random_starts:
+            # the first free candidate of each row: no loop until all are free, whose length would depend on data
             shape = (number, CANDIDATES, 2)
             return self.task.place(torch.rand(shape, generator=self._generator, device=self.device))
         starts = self.task.starts
         return starts[torch.randint(len(starts), (number,), generator=self._generator, device=self.device)]
 
     def _outcome(self) -> TensorDict:
-        reached = self.task.reached(self.position).unsqueeze(-1)
+        reached = self.task.reached(self.position).unsqueeze(-1)  # [N] to [N, 1]
         truncated = self.steps >= self.max_episode_steps
         return TensorDict(
             {

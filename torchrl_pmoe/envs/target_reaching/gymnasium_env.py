@@ -1,4 +1,4 @@
-"""The target-reaching task as a Gymnasium environment, and its registration."""
+"""The target-reaching task as a Gymnasium environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_EPISODE_STEPS = 100
 """Steps after which an episode is truncated."""
 
 _PIXELS = 400
-# Okabe and Ito's palette, told apart by colour-blind eyes and in grey
+# Okabe and Ito's palette: colour-blind people can tell its colours apart, and so can a print in grey
 _COLORS = {
     "plane": (255, 255, 255),
     "obstacle": (85, 85, 85),
@@ -38,7 +38,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     Observation, float32 ``[4]``: position in ``[-1, 1]^2`` and the vector from it to the target's centre. Action,
     ``[2]`` in ``[-1, 1]^2``: displacement in units of ``max_step``. ``info`` holds ``is_success`` and ``collided`` (an
     obstacle cut the step short). The class does not truncate; ``gymnasium.make("PMOE/TargetReaching-v0")`` does, after
-    :data:`MAX_EPISODE_STEPS`. ``reset(options={"start": i})`` starts from the ``i``-th of the fixed starts.
+    :data:`MAX_EPISODE_STEPS` steps. ``reset(options={"start": i})`` starts from the ``i``-th of the fixed starts.
 
     Args:
         layout: see :class:`TargetReachingTask`.
@@ -71,7 +71,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     @property
     def position(self) -> np.ndarray:
-        """Where the agent is, float64 ``[2]``; may be set to any free point."""
+        """Position of the agent, float64 ``[2]``; it can be set to any free point."""
         if self._position is None:
             raise ResetNeeded("TargetReachingEnv: call reset() first.")
         return self._position.copy()
@@ -80,6 +80,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def position(self, value: np.ndarray) -> None:
         position = np.array(value, dtype=np.float64)
         inside = position.shape == (2,) and bool((np.abs(position) <= 1).all())
+        # from every centre, [M, 2]
         offset = position - self.task.obstacles[:, :2] if inside else np.zeros((1, 2))
         if not inside or (np.hypot(*offset.T) <= self.task.obstacles[:, 2]).any():
             raise ValueError(f"TargetReachingEnv: position must be a free point of the plane, got {position.tolist()}.")
@@ -120,6 +121,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if action.shape != (2,) or not np.isfinite(action).all():
             raise ValueError(f"TargetReachingEnv: action must be two finite numbers, got {action.tolist()}.")
         self._position, reward, collided = self.task.step(self._position, action)
+        # without pictures nobody sees the trail, and a long episode would only fill memory
         if self.render_mode is not None:
             self._trail.append(self._position)
         reached = bool(self.task.reached(self._position))
@@ -132,6 +134,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             gymnasium.logger.warn("TargetReachingEnv: render() needs render_mode='rgb_array'.")
             return None
         position = self.position
+        # what does not move is painted once
         if self._background is None:
             self._background = np.full((_PIXELS, _PIXELS, 3), _COLORS["plane"], dtype=np.uint8)
             _draw(self._background, self.task.target[None, :2], self.task.target[2], "target")
@@ -148,7 +151,7 @@ class TargetReachingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 def _dots(path: np.ndarray) -> np.ndarray:
-    """Points along a path ``[T, 2]``, no further apart than half a pixel."""
+    """Points ``[N, 2]`` along a path ``[T, 2]``, at most half a pixel apart."""
     dots = [path[:1]]
     for start, end in pairwise(path):
         number = int(np.ceil(np.hypot(*(end - start)) * _PIXELS)) + 1
@@ -157,22 +160,23 @@ def _dots(path: np.ndarray) -> np.ndarray:
 
 
 def _draw(picture: np.ndarray, centres: np.ndarray, radius: float, color: str) -> None:
-    """Paint discs of one radius at ``centres`` ``[N, 2]`` into ``picture``; rows run down from y = 1."""
-    scale = _PIXELS / 2
+    """Paint discs of one radius at ``centres`` ``[N, 2]`` into ``picture``, whose first row is at y = 1."""
+    scale = _PIXELS / 2  # pixels per unit of length
+    # each disc is looked for in a square of P x P pixels around its centre
     reach = int(np.ceil(radius * scale)) + 1
     near = np.arange(-reach, reach + 1)
-    columns = np.floor((centres[:, :1] + 1) * scale).astype(int) + near
+    columns = np.floor((centres[:, :1] + 1) * scale).astype(int) + near  # [N, P]
     rows = np.floor((1 - centres[:, 1:]) * scale).astype(int) + near
     dx = (columns + 0.5) / scale - 1 - centres[:, :1]
     dy = 1 - (rows + 0.5) / scale - centres[:, 1:]
-    inside = dx[:, None, :] ** 2 + dy[:, :, None] ** 2 <= radius**2
+    inside = dx[:, None, :] ** 2 + dy[:, :, None] ** 2 <= radius**2  # [N, P, P]
     rows, columns = np.broadcast_arrays(rows[:, :, None], columns[:, None, :])
     inside &= (rows >= 0) & (rows < _PIXELS) & (columns >= 0) & (columns < _PIXELS)
     picture[rows[inside], columns[inside]] = _COLORS[color]
 
 
 def register() -> None:
-    """Make :data:`ENV_ID` known to Gymnasium, once."""
+    """Register :data:`ENV_ID` with Gymnasium, once."""
     if ENV_ID not in gymnasium.registry:
         gymnasium.register(
             ENV_ID,

@@ -1,4 +1,4 @@
-"""Which way round the obstacles a path went, and how many ways a policy knows."""
+"""Which route around the obstacles a path took, and how many routes a policy uses."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ _TOLERANCE = 1e-10
 
 
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cross product of vectors ``[..., 2]``, ``[...]``."""
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
 def _first_contact(start: np.ndarray, end: np.ndarray, kept: np.ndarray) -> tuple[float, int] | None:
-    """Where the segment from ``start`` first meets the polyline ``kept`` ``[N, 2]``: share of the way, and segment."""
+    """First meeting of the segment from ``start`` to ``end`` with the polyline ``kept`` ``[N, 2]``.
+
+    Returns:
+        the share of the way to ``end`` and the index of the polyline's segment; ``None`` if they do not meet.
+    """
     if len(kept) < 2:
         return None
-    step, offset, edges = end - start, kept[:-1] - start, np.diff(kept, axis=0)
+    step, offset, edges = end - start, kept[:-1] - start, np.diff(kept, axis=0)  # [2], [N - 1, 2], [N - 1, 2]
     area = _cross(step, edges)
     length = np.hypot(*step)
     parallel = np.abs(area) <= _TOLERANCE * length * np.hypot(*edges.T)
     divisor = np.where(parallel, 1.0, area)
+    # both lines in parameters of their own: shares of the step and of the edge, [N - 1]
     share, along = _cross(offset, edges) / divisor, _cross(offset, step) / divisor
     meets = ~parallel & (share >= 0) & (share <= 1) & (along >= 0) & (along <= 1)
-    # segments of one line: the nearer end of the older one, if it lies on the way
+    # segments on one line meet at the nearer end of the older one, if it lies on the way
     ends = np.stack((offset, kept[1:] - start)) @ step / length**2
     same_line = parallel & (np.abs(_cross(step, offset)) <= _TOLERANCE * length)
     overlap = same_line & (ends.min(0) <= 1) & (ends.max(0) >= 0)
@@ -37,7 +43,11 @@ def _first_contact(start: np.ndarray, end: np.ndarray, kept: np.ndarray) -> tupl
 
 
 def _retrace(kept: list[np.ndarray], end: np.ndarray) -> bool:
-    """Undo the part of the last segment that a move to ``end`` goes back over; whether the move ends within it."""
+    """Remove from ``kept`` the part of its last segment that a move to ``end`` goes back over.
+
+    Returns:
+        whether the move ends within that segment.
+    """
     back, step = kept[-2] - kept[-1], end - kept[-1]
     if abs(_cross(back, step)) > _TOLERANCE * np.hypot(*back) * np.hypot(*step) or back @ step <= 0:
         return False
@@ -49,18 +59,18 @@ def _retrace(kept: list[np.ndarray], end: np.ndarray) -> bool:
 
 
 def erase_loops(path: np.ndarray) -> np.ndarray:
-    """The path without its loops: whenever it meets an earlier point of its own, all in between is cut out.
+    """The path without its loops: where it meets an earlier point of its own, everything in between is cut out.
 
-    Ways back over the same line are undone, and points that repeat are dropped.
+    A way back over the same line is removed too, and so is a repeated point.
 
     Args:
         path: ``[T, 2]``.
 
     Returns:
-        A path ``[S, 2]`` from the first to the last point that does not cross itself.
+        A path ``[S, 2]`` that does not cross itself, from the first point to the last.
     """
     path = np.asarray(path, dtype=np.float64)
-    kept = [path[0]]
+    kept = [path[0]]  # the path so far, free of loops
     for end in path[1:]:
         while not np.array_equal(kept[-1], end):
             if len(kept) > 1:
@@ -82,7 +92,7 @@ def erase_loops(path: np.ndarray) -> np.ndarray:
 
 
 def _ray_axes(centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors across and along the rays: straight up, or the smallest tilt to the left that tells them apart."""
+    """Unit vectors across and along the rays, which point up or, where two would lie on one line, a little left."""
     angles = np.linspace(0, np.pi / 4, 65)
     across = np.stack((np.cos(angles), np.sin(angles)))
     gaps = np.diff(np.sort(centres @ across, axis=0), axis=0).min(0, initial=np.inf)
@@ -95,12 +105,12 @@ def _ray_axes(centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def h_signature(path: np.ndarray, obstacles: np.ndarray) -> tuple[int, ...]:
     """Reduced h-signature of a path: which rays from the obstacles it crosses, in order (Bhattacharya et al., 2012).
 
-    A ray runs upwards (+y) from the centre of each obstacle. Crossing that of obstacle ``m`` from left to right writes
-    ``m + 1``, from right to left ``-(m + 1)``, and neighbours that undo each other are struck out. Where two centres
-    share their x all rays are tilted to the left by the same small angle, so that no two lie on one line.
+    A ray runs upwards (+y) from the centre of each obstacle. A path that crosses the ray of obstacle ``m`` from left to
+    right adds ``m + 1`` to its word, from right to left ``-(m + 1)``. Two neighbours of opposite sign cancel. Where two
+    centres have the same x, all rays are tilted to the left by the same small angle, so that no two lie on one line.
 
     Two paths with the same end points that avoid the obstacles can be deformed into each other if and only if their
-    words are equal. For paths that end anywhere in a target, append its centre first if a ray may pass through it.
+    words are equal. If paths end anywhere in a target and a ray may pass through it, append the target's centre first.
 
     Args:
         path: ``[T, 2]``.
@@ -117,13 +127,14 @@ def h_signature(path: np.ndarray, obstacles: np.ndarray) -> tuple[int, ...]:
         return ()
     centres = np.asarray(obstacles, dtype=np.float64)[:, :2]
     across, along = _ray_axes(centres)
-    u, v = path @ across, path @ along
-    ray_u, ray_v = centres @ across, centres @ along
-    right = u[:, None] >= ray_u
+    u, v = path @ across, path @ along  # [T] each
+    ray_u, ray_v = centres @ across, centres @ along  # [M] each
+    right = u[:, None] >= ray_u  # [T, M]
+    # one entry for each crossing of a line through a ray, [crossings]
     step, obstacle = np.nonzero(right[1:] != right[:-1])
     share = (ray_u[obstacle] - u[step]) / (u[step + 1] - u[step])
     above = v[step] + share * (v[step + 1] - v[step]) > ray_v[obstacle]
-    order = np.lexsort((share, step))
+    order = np.lexsort((share, step))  # by step, then along the step
     word: list[int] = []
     for index in order[above[order]]:
         letter = int(obstacle[index] + 1) * (1 if right[step[index] + 1, obstacle[index]] else -1)
@@ -144,15 +155,16 @@ def routes(signatures: Sequence[tuple[int, ...]], min_share: float = 0.05) -> di
 def effective_routes(
     signatures: Sequence[tuple[int, ...]], starts: Sequence[Hashable] | None = None, *, min_share: float = 0.05
 ) -> float:
-    """Number of routes in use: ``exp`` of the entropy over those of :func:`routes`, their shares renormalised.
+    """Number of routes in use: ``exp`` of the entropy of the shares of :func:`routes`, renormalised.
 
-    With several starts it is ``exp`` of the conditional entropy ``H(route | start)``: each start has its own routes,
-    and counts with its episodes, so that two starts with one route each make 1, not 2.
+    With several starts it is ``exp`` of the conditional entropy ``H(route | start)``, in which a start weighs as many
+    as its episodes: two starts with one route each give 1, not 2.
 
     Args:
-        signatures: one per episode; give those of the successful ones to count routes that lead to the target.
+        signatures: one per episode. Give those of successful episodes to count routes that lead to the target.
         starts: one label per episode.
-        min_share: routes of fewer of a start's episodes do not count; a start where all are that rare is left out.
+        min_share: smallest share of a start's episodes that a route must have to count. A start without such a route
+            is left out.
 
     Returns:
         At least 1, or 0 where no route counts.

@@ -1,4 +1,4 @@
-"""The target-reaching task: plane, obstacles, movement and reward, written once for NumPy and PyTorch."""
+"""The target-reaching task: plane, obstacles, movement and reward, for NumPy arrays and for tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CANDIDATES", "LAYOUTS", "MARGIN", "START_REGION", "TargetReachingTas
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 MARGIN = 1e-4
-"""Distance from an obstacle at which an agent stops; half of it is kept in any arithmetic."""
+"""Distance from an obstacle at which an agent stops; rounding never costs more than half of it."""
 
 START_REGION = ((-1.0, -1.0), (-0.6, 1.0))
 """Lower left and upper right corner of the box that random starts are drawn from."""
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, dict[str, list[tuple[float, ...]]]] = {
 """Obstacles and target as ``(x, y, radius)``, starts as ``(x, y)``."""
 
 CANDIDATES = 32
-"""Draws among which a random start is the first free one."""
+"""Number of draws for a random start, which is the first free one among them."""
 
 
 def _namespace(array: np.ndarray | Tensor) -> Any:
@@ -47,9 +47,9 @@ def _namespace(array: np.ndarray | Tensor) -> Any:
 def travel(position: Array, action: Array, obstacles: Array, max_step: float) -> tuple[Array, Array]:
     """Move agents in a straight line, up to the first obstacle.
 
-    The step ``max_step * action`` is clipped to the plane ``[-1, 1]^2`` and ends :data:`MARGIN` before the first disc
-    that it heads into, even one that it would only come that close to. A line that grazes a disc, or leads away from
-    it, is free, so that an agent in contact can go on.
+    The step ``max_step * action`` is clipped to the plane ``[-1, 1]^2``. It ends :data:`MARGIN` before the first disc
+    that it would enter or come that close to. A step that passes a disc or leads away from it is free, so that an agent
+    at an obstacle can move on.
 
     Args:
         position: ``[*B, 2]``.
@@ -62,28 +62,31 @@ def travel(position: Array, action: Array, obstacles: Array, max_step: float) ->
     """
     xp = _namespace(position)
     step = (position + max_step * action.clip(-1.0, 1.0)).clip(-1.0, 1.0) - position
-    offset = position[..., None, :] - obstacles[:, :2]
+    offset = position[..., None, :] - obstacles[:, :2]  # from every centre, [*B, M, 2]
+    # x, y are [*B, M]; dx, dy are [*B, 1]
     x, y, dx, dy = offset[..., 0], offset[..., 1], step[..., :1], step[..., 1:]
     outer = obstacles[:, 2] + MARGIN
     length2 = dx * dx + dy * dy
     inwards = x * dx + y * dy
-    # squared length times squared distance of the line from the centre; the margin's inner half absorbs all rounding
+    # squared length of the step times squared distance of its line from the centre; half the margin is for rounding
     cross2 = (x * dy - y * dx) ** 2
     blocked = (inwards < 0) & (cross2 < length2 * (outer - MARGIN / 2) ** 2)
     gap = (x * x + y * y - outer**2).clip(0.0)
     root = (length2 * outer**2 - cross2).clip(0.0) ** 0.5
+    # share of the step up to each disc, [*B, M], and up to the first one, [*B]
     contact = xp.where(blocked, gap / xp.where(blocked, root - inwards, 1.0), 1.0)
     share = xp.amin(xp.concatenate((contact, xp.ones_like(dx)), -1), -1)
     return (position + share[..., None] * step).clip(-1.0, 1.0), share < 1.0
 
 
 def _numbers(name: str, value: Any, *, columns: int, form: str) -> np.ndarray:
-    """Rows of finite numbers whose first two are a point of the plane."""
+    """``value`` as rows of finite numbers ``[N, columns]``, the first two of which are a point of the plane."""
     try:
         rows = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
         rows = np.empty(0)
         value = "something else"
+    # an empty list is no row; anything that made no array is refused below
     if rows.shape == (0,) and value is not None and not isinstance(value, str):
         rows = rows.reshape(0, columns)
     if rows.ndim != 2 or rows.shape[1] != columns:
@@ -108,19 +111,19 @@ class TargetReachingTask:
     target. All methods take NumPy arrays, or tensors once :meth:`as_tensors` was called.
 
     Args:
-        layout: ``"one"`` disc with two routes that mirror each other; ``"two"`` discs one behind the other with a
-            passable gap, hence four routes, two of which weave; ``"three"`` discs in a column that leave four gaps, in
-            two mirrored pairs. See :data:`LAYOUTS`.
+        layout: ``"one"`` disc, with two mirrored routes; ``"two"`` discs one behind the other with a gap between them,
+            so four routes, two of which pass through the gap; ``"three"`` discs in a column, with four routes in two
+            mirrored pairs. See :data:`LAYOUTS`.
 
     Keyword Args:
-        obstacles: rows ``(x, y, radius)``, in place of the layout's; they may overlap, and ``[]`` is none.
+        obstacles: rows ``(x, y, radius)``, in place of the layout's. They may overlap; ``[]`` is an empty plane.
         starts: rows ``(x, y)``, in place of the layout's.
         target: ``(x, y, radius)``, in place of the layout's.
         start: ``"fixed"``, one of ``starts`` at each reset, or ``"random"``, uniform over the free part of
             :data:`START_REGION`.
-        reward: ``"dense"``, ``-distance_cost * distance - collision_cost * collided + success_reward * reached``, where
-            distance is that from the end of the step to the target's centre; or ``"sparse"``, ``success_reward`` on
-            reaching the target and else 0.
+        reward: ``"dense"``, ``-distance_cost * distance - collision_cost * collided + success_reward * reached`` with
+            the distance from the end of the step to the target's centre; or ``"sparse"``, ``success_reward`` in the
+            step that reaches the target and 0 in the others.
         max_step: length of a unit action.
         distance_cost: see ``reward``.
         collision_cost: see ``reward``.
@@ -177,6 +180,7 @@ class TargetReachingTask:
         self._check()
 
     def _check(self) -> None:
+        # distance between the edges of the target and of each obstacle, [M]
         gap = np.hypot(*(self.obstacles[:, :2] - self.target[:2]).T) - self.obstacles[:, 2] - self.target[2]
         if (gap < 0).any():
             raise ValueError(f"TargetReachingTask: target must not overlap obstacle {int(gap.argmin())}.")
@@ -186,6 +190,7 @@ class TargetReachingTask:
         if not free.all():
             where = self.starts[~free][0].tolist()
             raise ValueError(f"TargetReachingTask: starts must lie outside obstacles and target, got {where}.")
+        # random starts are the first free one of CANDIDATES draws, so half of the region must be free
         grid = np.stack(np.meshgrid(*np.linspace(*START_REGION, 101).T), -1)
         if self.random_starts and self.is_free(grid).mean() < 0.5:
             raise ValueError("TargetReachingTask: start='random' needs half of START_REGION free of discs.")
@@ -199,22 +204,23 @@ class TargetReachingTask:
 
     def is_free(self, position: Array) -> Array:
         """Whether points ``[*B, 2]`` lie outside all obstacles and the target, ``[*B]``."""
+        # obstacles and target together, [M + 1, 3]
         discs = _namespace(position).concatenate((self.obstacles, self.target[None]), 0)
-        offset = position[..., None, :] - discs[:, :2]
+        offset = position[..., None, :] - discs[:, :2]  # [*B, M + 1, 2]
         clear: Any = (offset**2).sum(-1) > (discs[:, 2] + MARGIN) ** 2
         return clear.all(-1)
 
     def place(self, candidates: Array) -> Array:
-        """The first of ``N`` candidate starts that is free, ``[*B, 2]``, from uniform draws ``[*B, N, 2]`` in [0, 1].
+        """The first free one of ``N`` candidate starts, ``[*B, 2]``, from uniform draws ``[*B, N, 2]`` in [0, 1].
 
-        Where none of them is, which at 32 candidates has odds below 1e-9, it is the first of the fixed starts.
+        If none is free, which has odds below 1e-9 with 32 candidates, it is the first of the fixed starts.
         """
         (left, bottom), (right, top) = START_REGION
         xp = _namespace(candidates)
         x, y = candidates[..., 0], candidates[..., 1]
         candidates = xp.stack((left + (right - left) * x, bottom + (top - bottom) * y), -1)
         free: Any = self.is_free(candidates)
-        first = free & (free.cumsum(-1) == 1)
+        first = free & (free.cumsum(-1) == 1)  # [*B, N], true at the first free one
         return xp.where(free.any(-1)[..., None], (candidates * first[..., None]).sum(-2), self.starts[0])
 
     def observe(self, position: Array) -> Array:
