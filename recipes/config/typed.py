@@ -57,6 +57,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _run_name(value: Any) -> Any:
+    """The job of a sweep is called ``0``."""
+    return str(value) if type(value) is int else value
+
+
 def _device(value: Any) -> Any:
     """A device of this machine; null is the best one."""
     if value is None:
@@ -80,6 +85,7 @@ Text = Annotated[str, Strict(), Field(min_length=1)]
 Size = Annotated[int, BeforeValidator(_whole), Strict(), Field(ge=1, le=2**31 - 1)]
 RunPath = Annotated[
     Annotated[str, Strict(), Field(min_length=1)] | None,
+    BeforeValidator(_run_name),
     Allowed("the directory of a run, with its config.yaml and checkpoints, or one of its checkpoints, or null"),
 ]
 Widths = Annotated[

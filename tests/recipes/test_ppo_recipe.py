@@ -228,6 +228,14 @@ def test_a_refused_resume_leaves_the_run_as_it_was(resumed):
     assert (resumed[0] / "run" / "config.yaml").read_text() == config
 
 
+def test_a_run_may_be_called_by_a_number():
+    """As the jobs of a sweep are."""
+    assert recipe_runs.composed(ppo_pmoe, "resume=0").resume == "0"
+    for wrong in ("resume=true", "resume=0.5", "resume=[a]"):
+        with pytest.raises(UsageError, match=r"^resume=.*: must be the directory of a run"):
+            recipe_runs.composed(ppo_pmoe, wrong)
+
+
 def test_learning_rates_follow_the_new_number_of_frames():
     optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1) for _ in range(2)]
     first, second = (
