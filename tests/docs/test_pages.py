@@ -5,37 +5,64 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-from contextlib import suppress
+import sys
+from contextlib import ExitStack
 from functools import cache
 from unittest.mock import patch
 
 import gymnasium
 import pytest
+import torch
 from docs_pages import PAGES, README, ROOT, TEXTS, blocks, commands, slugs
 from hydra import compose, initialize_config_dir
 
 from torchrl_pmoe.distributions import ESTIMATORS
+from torchrl_pmoe.runs import load_policy
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import sac_pmoe
+from parts.launch import read
+from parts.networks import POLICIES
 
 RECIPES = ROOT / "recipes"
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
+def train(directory, policy="pmoe"):
+    """A training of a few frames, as the pages have one before they load its policy."""
+    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
+        overrides = [f"policy={policy}", "total_frames=8", "collector.init_random_frames=4", "optim.batch_size=4"]
+        overrides += ["network.hidden_sizes=[8]", "logger.eval_episodes=1", "logger.eval_max_steps=5", "device=cpu"]
+        composed = compose("sac_pmoe", ["env=Pendulum-v1", "logger.progress_bar=false", *overrides])
+    cfg = read(composed, sac_pmoe.SACConfig)
+    sac_pmoe.resolve(cfg)
+    sac_pmoe.train(cfg, directory)
+
+
 @pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if blocks(text, "python")])
 def test_examples_of_a_page_run_one_after_the_other(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(RECIPES))
+    if page == "deploy":
+        train(tmp_path / "runs" / "pendulum")
     names: dict[str, object] = {"__name__": "example"}
     # what a page adds to a table is taken out again
-    with patch.dict(ESTIMATORS), patch.dict(gymnasium.registry):
+    tables = (ESTIMATORS, POLICIES, gymnasium.registry)
+    with ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(patch.dict(table))
+        stack.enter_context(patch.object(sys, "path", [*sys.path]))
         for example in blocks(TEXTS[page], "python"):
             exec(compile(example.replace("4096", "8"), f"{page}.md", "exec"), names)
             if "actor" in names and re.search(r"\.backward\(\)|train_step\(", example):
                 assert all(parameter.grad.norm() > 0 for parameter in names["actor"].router_parameters())
+        if page == "extend":
+            train(tmp_path / "run")
+            loaded = load_policy(tmp_path / "run")
+            assert any(isinstance(module, torch.nn.LayerNorm) for module in loaded.modules())
 
 
 @pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if commands(text)])
-def test_commands_of_a_page_have_keys_that_the_recipe_has(page, monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+def test_commands_of_a_page_have_keys_that_the_recipe_has(page):
     for command in commands(TEXTS[page]):
         words = shlex.split(command, comments=True)
         script = next(index for index, word in enumerate(words) if word.startswith("recipes/"))
@@ -52,8 +79,7 @@ def test_commands_of_a_page_have_keys_that_the_recipe_has(page, monkeypatch):
 @cache
 def keys_of(recipe):
     """The config of a recipe, with its defaults."""
-    with suppress(ModuleNotFoundError):
-        importlib.import_module(f"config.{recipe}")  # registers the keys
+    importlib.import_module(f"config.{recipe}")  # registers the keys
     with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
         return compose(recipe)
 
@@ -70,8 +96,7 @@ def has_key(recipe, key):
     return last in node or (key != name and groups == ["env_kwargs"])
 
 
-def test_a_key_that_no_recipe_has_is_found(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+def test_a_key_that_no_recipe_has_is_found():
     assert has_key("sac_pmoe", "optim.lr")
     assert not any(
         has_key("sac_pmoe", key) for key in ("optim.learning_rate", "optimizer.lr", "+optim.x", "env_kwargs.x")
@@ -101,3 +126,11 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES[1:]:
         assert f": {page.name}\n" in navigation, page.name
+
+
+@pytest.mark.parametrize("package", ["distributions", "modules", "objectives", "baselines", "envs", "trainers", "runs"])
+def test_every_public_name_is_on_the_page_of_the_api(package):
+    shown = re.findall(r"^::: (\S+)$", TEXTS["api"], re.MULTILINE)
+    public = importlib.import_module(f"torchrl_pmoe.{package}")
+    functions_and_classes = [name for name in public.__all__ if callable(getattr(public, name))]
+    assert not [name for name in functions_and_classes if f"torchrl_pmoe.{package}.{name}" not in shown]
