@@ -17,7 +17,7 @@ from docs_pages import PAGES, README, ROOT, TEXTS, blocks, commands, slugs
 from hydra import compose, initialize_config_dir
 
 from torchrl_pmoe.distributions import ESTIMATORS
-from torchrl_pmoe.runs import load_policy
+from torchrl_pmoe.runs import RunDirectory, load_policy, read_metrics
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import sac_pmoe
@@ -55,6 +55,13 @@ def test_examples_of_a_page_run_one_after_the_other(page, monkeypatch, tmp_path)
             exec(compile(example.replace("4096", "8"), f"{page}.md", "exec"), names)
             if "actor" in names and re.search(r"\.backward\(\)|train_step\(", example):
                 assert all(parameter.grad.norm() > 0 for parameter in names["actor"].router_parameters())
+        if page == "script":
+            run = RunDirectory(tmp_path / "run")
+            for frames in (4, 8):  # the second one goes on from the first one's checkpoint
+                with run.own():
+                    names["train"](run, frames, interval=4)
+            assert read_metrics(tmp_path / "run" / "metrics.csv")["frames"].tolist() == [4, 8]
+            assert load_policy(tmp_path / "run").checkpoint.name == "checkpoint-000000000008"
         if page == "extend":
             train(tmp_path / "run")
             loaded = load_policy(tmp_path / "run")
