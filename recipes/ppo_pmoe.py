@@ -20,7 +20,7 @@ import hydra
 from config.ppo_pmoe import OnPolicyConfig, PPOConfig, resolve
 from omegaconf import DictConfig
 from parts.launch import keep_config, launch, start_or_resume
-from parts.networks import POLICIES, build_qvalue, build_value, describe, orthogonal_, orthogonal_policy_
+from parts.networks import POLICIES, UNIMODAL, build_qvalue, build_value, describe, orthogonal_, orthogonal_policy_
 from parts.on_policy import (
     branch_on_the_host,
     build_buffer,
@@ -149,7 +149,7 @@ def train(cfg: PPOConfig, run_dir: Path) -> None:
         optim_steps_per_batch=cfg.loss.num_minibatches,
         num_epochs=cfg.loss.ppo_epochs,
     )
-    if cfg.policy == "pmoe":
+    if cfg.policy not in UNIMODAL:
         watch_experts(trainer, actor, lambda: buffer[:].select("observation"))
 
     def measure() -> list[dict[str, float]]:
@@ -157,7 +157,7 @@ def train(cfg: PPOConfig, run_dir: Path) -> None:
         with isolated_rng(cfg.seed):
             return [{**row, **diagnose(actor, normalization, buffer[:].select("observation"))}]
 
-    drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
+    drawn = cfg.policy not in UNIMODAL and cfg.logger.eval_expert == "drawn"
     acting = MeanOfDrawnExpertActor(actor) if drawn else actor
     agent = Agent(
         NormalizedPolicy(acting, normalization.normalize),

@@ -21,7 +21,7 @@ from config.sac_pmoe import SACConfig, combination, refuse_target_entropy, resol
 from omegaconf import DictConfig
 from parts import off_policy
 from parts.launch import keep_config, launch, start_or_resume
-from parts.networks import POLICIES, build_qvalue, describe
+from parts.networks import POLICIES, UNIMODAL, build_qvalue, describe
 from parts.resume import checkpoint_to_resume
 from parts.training import (
     Agent,
@@ -74,7 +74,7 @@ def explorer_and_evaluated(
     if cfg.acting == "best_of_experts":
         best = BestOfExpertsActor(actor, partial(score_proposals, loss))
         return best, best
-    drawn = cfg.policy == "pmoe" and cfg.logger.eval_expert == "drawn"
+    drawn = cfg.policy not in UNIMODAL and cfg.logger.eval_expert == "drawn"
     return actor, MeanOfDrawnExpertActor(actor) if drawn else actor
 
 
@@ -148,7 +148,7 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
     returns = EpisodeReturns()
     returns.register(trainer)
     off_policy.replay_steps(trainer, buffer, cfg.device, prioritized=cfg.replay_buffer.prb)
-    if cfg.policy == "pmoe":
+    if cfg.policy not in UNIMODAL:
         watch_experts(trainer, actor, lambda: off_policy.latest(buffer).select("observation").to(cfg.device))
 
     def measure() -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from parts.networks import ActorOptions
+from parts.networks import UNIMODAL, ActorOptions
 from parts.resume import metadata
 from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, choose_compile
 from pydantic import Field
@@ -188,7 +188,7 @@ class PPOConfig(OnPolicyConfig):
     @property
     def critic_scored(self) -> bool:
         """Whether there is a Q-network."""
-        return self.policy == "pmoe" and self.scoring == "critic"
+        return self.policy not in UNIMODAL and self.scoring == "critic"
 
     def actor_options(self, spec: TensorSpec, in_features: int) -> ActorOptions:
         """What the policy is made from, for observations of ``in_features`` numbers; scales ignore the state."""
@@ -258,7 +258,7 @@ def resolve(config: PPOConfig) -> None:
     given = config.routing
     shared.fill(config, PAPER, PAPER if config.preset == "paper" else DEFAULTS)
     shared.fill_num_experts(config, PAPER_NUM_EXPERTS)
-    if config.policy == "pmoe" and config.scoring != "critic":
+    if config.policy not in UNIMODAL and config.scoring != "critic":
         why = f"null with scoring={config.scoring}, where the log-density trains the router"
         refuse(config, {"routing": (given is not None, why)})
         config.routing = None

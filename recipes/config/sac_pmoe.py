@@ -196,7 +196,7 @@ class SACConfig:
 
     def routing_kwargs(self) -> dict[str, Any] | None:
         """What is told to ``PMOESACLoss`` besides; ``None`` where no critic scores experts."""
-        if self.policy != "pmoe" or self.scoring != "critic":
+        if self.policy in UNIMODAL or self.scoring != "critic":
             return None
         names = ("routing_coef", "routing_loss", "num_proposals", "decoupled", "entropy_from")
         return {
@@ -271,7 +271,7 @@ def resolve(config: SACConfig) -> None:
     shared.fill(config, PAPER, dict(PAPER if config.preset == "paper" else fills), for_unimodal=("acting",))
     shared.fill_num_experts(config, PAPER_NUM_EXPERTS)
     if config.network.router is None:
-        config.network.router = "detached" if config.policy == "pmoe" else "shared"
+        config.network.router = "shared" if config.policy in UNIMODAL else "detached"
     if config.collector.frames_per_batch is None:
         config.collector.frames_per_batch = config.collector.num_envs
     _refuse_combinations(config)
@@ -289,7 +289,7 @@ def partners(config: SACConfig) -> Mapping[str, str | None]:
 
 def combination(config: SACConfig) -> str:
     """What a resolved config trains a mixture by, as on a command line; nothing for other policies."""
-    keys = (*DEFAULTS, "loss.decoupled") if config.policy == "pmoe" else ()
+    keys = () if config.policy in UNIMODAL else (*DEFAULTS, "loss.decoupled")
     given = {key: get(config, key) for key in keys}
     return " ".join(f"{key}={value}" for key, value in given.items() if value not in (None, False))
 
@@ -311,7 +311,9 @@ def _refuse_combinations(config: SACConfig) -> None:
                 "null with scoring=gradient, where the temperature sees the loss's own draw",
             ),
             "loss.decoupled": (
-                config.policy == "pmoe" and loss.decoupled and (config.backprop != "max" or config.preset == "paper"),
+                config.policy not in UNIMODAL
+                and loss.decoupled
+                and (config.backprop != "max" or config.preset == "paper"),
                 f"false with {coupled_by}; only max selects an expert by score",
             ),
             "blend": (

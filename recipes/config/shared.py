@@ -9,7 +9,7 @@ from parts.networks import ACTIVATIONS, POLICIES, UNIMODAL
 from pydantic import AfterValidator, Field
 
 from config.typed import Allowed, Flag, Integer, Number, Size, Text, config_class, field, get, set_
-from torchrl_pmoe.envs.making import Backend, unavailable
+from torchrl_pmoe.envs.making import Backend, full_id, unavailable
 
 
 def _one_of(names: Any, value: str) -> str:
@@ -115,9 +115,14 @@ def refuse(config: Any, refused: dict[str, tuple[bool, str]]) -> None:
 
 
 def refuse_machine(config: Any) -> None:
-    """Refuse what this machine does not have: packages of loggers and backends, a GPU for CUDA graphs."""
+    """Refuse what this machine does not have: packages of loggers and backends, a GPU for CUDA graphs.
+
+    An ``env`` without a version becomes the newest one.
+    """
     from importlib.util import find_spec
 
+    # a run keeps the version that it took
+    config.env = full_id(config.env)
     backend = config.logger.backend
     if backend not in (None, "csv") and find_spec(backend) is None:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import tempfile
@@ -9,7 +10,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,12 @@ from torchrl.envs import DoubleToFloat, DTypeCastTransform, EnvBase, GymWrapper,
 
 from torchrl_pmoe.envs.action_units import normalize_actions
 from torchrl_pmoe.envs.envpool import EnvPoolEnv
+from torchrl_pmoe.envs.libraries import GymnasiumView, library_of, make_library_env, with_one_observation
 from torchrl_pmoe.envs.mujoco import MUJOCO_TASKS, mujoco_task
 from torchrl_pmoe.envs.mujoco.engines import has_mjx, quiet_mujoco
 from torchrl_pmoe.envs.parallel import parallel_env
 
-__all__ = ["Backend", "EnvironmentFault", "make_env", "make_gym_env", "try_env", "worker_fault"]
+__all__ = ["Backend", "Env", "EnvironmentFault", "full_id", "make_env", "make_gym_env", "try_env", "worker_fault"]
 
 Backend = Literal["serial", "parallel", "envpool", "mjx"]
 """Where a batch of environments runs: one after the other in this process, one process each, EnvPool, or MJX."""
@@ -41,8 +43,29 @@ class EnvironmentFault(ValueError):
     """
 
 
+Env = str | Callable[[], "EnvBase | gym.Env"]
+"""A Gymnasium id (``module:Id`` imports the module first), ``library:task`` of one of TorchRL's libraries, or a
+function that makes one environment."""
+
+
+def full_id(name: str) -> str:
+    """A Gymnasium id with its version: the newest that is registered, for an id without one.
+
+    Args:
+        name: ``Id``, ``Id-vN``, ``module:Id`` or ``library:task``; returned as it is where nothing is to be added.
+    """
+    if library_of(name) is not None or re.search(r"-v\d+$", name):
+        return name
+    module, _, id = name.rpartition(":")
+    if module:
+        with suppress(ImportError):
+            importlib.import_module(module)
+    versions = [int(found[1]) for key in gym.registry if (found := re.fullmatch(rf"{re.escape(id)}-v(\d+)", key))]
+    return f"{name}-v{max(versions)}" if versions and id not in gym.registry else name
+
+
 def make_env(
-    name: str,
+    env: Env,
     *,
     num_envs: int = 1,
     seed: int = 0,
@@ -54,7 +77,8 @@ def make_env(
     """A seeded TorchRL environment in float32, with every dimension of its action in ``[-1, 1]``.
 
     Args:
-        name: Gymnasium id.
+        env: a Gymnasium id, ``dm_control:cheetah-run`` or ``brax:ant``, or a function that makes one environment, a
+            TorchRL ``EnvBase`` of batch size ``[]`` or a Gymnasium one.
 
     Keyword Args:
         num_envs: ``N``; the batch size is ``[]`` for one environment on ``"serial"``, else ``[N]``.
@@ -71,47 +95,52 @@ def make_env(
         >>> make_env("Pendulum-v1", num_envs=2).rollout(3)["action"].shape
         torch.Size([2, 3, 1])
     """
-    if (why := unavailable(backend, name, env_kwargs)) is not None:
+    if (why := unavailable(backend, env, env_kwargs)) is not None:
         raise EnvironmentFault(f"backend={backend}: must be serial or parallel {why}")
     if backend == "mjx":
-        batched: EnvBase = mujoco_task(name, num_envs, seed=seed, device=device or "cpu")
+        batched: EnvBase = mujoco_task(str(env), num_envs, seed=seed, device=device or "cpu")
         return normalize_actions(batched, clip=clip_actions)
     if backend == "envpool":
-        return normalize_actions(EnvPoolEnv(name, num_envs, seed=seed), clip=clip_actions)
-    env: EnvBase
+        return normalize_actions(EnvPoolEnv(str(env), num_envs, seed=seed), clip=clip_actions)
+    made: EnvBase
     if backend == "parallel":
         handle, fault_file = tempfile.mkstemp(prefix="torchrl_pmoe-")
         os.close(handle)
-        single = partial(_make_single, name, env_kwargs, clip_actions=clip_actions, fault_file=fault_file)
-        env = parallel_env(num_envs, single)
-        env.fault_file = fault_file
-        weakref.finalize(env, Path(fault_file).unlink, missing_ok=True)
+        single = partial(_make_single, env, env_kwargs, clip_actions=clip_actions, fault_file=fault_file)
+        made = parallel_env(num_envs, single)
+        made.fault_file = fault_file
+        weakref.finalize(made, Path(fault_file).unlink, missing_ok=True)
     else:
-        single = partial(_make_single, name, env_kwargs, clip_actions=clip_actions)
-        env = single() if num_envs == 1 else SerialEnv(num_envs, single)
-    env.set_seed(seed)
-    return env
+        single = partial(_make_single, env, env_kwargs, clip_actions=clip_actions)
+        made = single() if num_envs == 1 else SerialEnv(num_envs, single)
+    made.set_seed(seed)
+    return made
 
 
 def _make_single(
-    name: str, env_kwargs: Mapping[str, Any] | None, *, clip_actions: bool, fault_file: str | None = None
+    env: Env, env_kwargs: Mapping[str, Any] | None, *, clip_actions: bool, fault_file: str | None = None
 ) -> EnvBase:
-    gym_env = make_gym_env(name, env_kwargs)
+    gym_env = make_gym_env(env, env_kwargs)
+    if isinstance(gym_env, GymnasiumView):
+        # TorchRL's own environment, which the view has looked at
+        return normalize_actions(gym_env.env, clip=clip_actions)
     if fault_file is not None:
         gym_env = _ReportFault(gym_env, fault_file)
-    env = TransformedEnv(GymWrapper(gym_env), DoubleToFloat())
-    if torch.float16 in (env.observation_spec["observation"].dtype, env.action_spec.dtype):
-        env.append_transform(DTypeCastTransform(torch.float16, torch.float32))
-    return normalize_actions(env, clip=clip_actions)
+    made = TransformedEnv(GymWrapper(gym_env), DoubleToFloat())
+    if torch.float16 in (made.observation_spec["observation"].dtype, made.action_spec.dtype):
+        made.append_transform(DTypeCastTransform(torch.float16, torch.float32))
+    return normalize_actions(made, clip=clip_actions)
 
 
-def unavailable(backend: Backend, name: str, env_kwargs: Mapping[str, Any] | None = None) -> str | None:
+def unavailable(backend: Backend, name: Env, env_kwargs: Mapping[str, Any] | None = None) -> str | None:
     """Why a backend cannot run an environment, to be read after "must be serial or parallel"; ``None`` if it can."""
+    if backend in ("envpool", "mjx") and not isinstance(name, str):
+        return "with a function that makes the environment"
     # in this order: EnvPool is asked for its tasks only where it is installed
     reasons: dict[str, list[tuple[Callable[[], bool], str]]] = {
         "envpool": [
             (lambda: find_spec("envpool") is None, "without the package envpool: pip install 'torchrl_pmoe[envpool]'"),
-            (lambda: not EnvPoolEnv.available(name), f"with env={name}, which EnvPool does not have"),
+            (lambda: not EnvPoolEnv.available(str(name)), f"with env={name}, which EnvPool does not have"),
             (lambda: bool(env_kwargs), "with env_kwargs, which EnvPool's tasks do not take"),
         ],
         "mjx": [
@@ -126,11 +155,12 @@ def unavailable(backend: Backend, name: str, env_kwargs: Mapping[str, Any] | Non
 # ------------------------------------------------------------------------------------------ one environment
 
 
-def make_gym_env(name: str, env_kwargs: Mapping[str, Any] | None = None, *, checked: bool = True) -> gym.Env:
+def make_gym_env(name: Env, env_kwargs: Mapping[str, Any] | None = None, *, checked: bool = True) -> gym.Env:
     """A Gymnasium environment with a vector of observations and a bounded vector of actions.
 
     Args:
-        name: Gymnasium id.
+        name: as :func:`make_env` takes it; a TorchRL environment comes as a
+            :class:`~torchrl_pmoe.envs.libraries.GymnasiumView`.
         env_kwargs: arguments of the environment.
 
     Keyword Args:
@@ -141,14 +171,28 @@ def make_gym_env(name: str, env_kwargs: Mapping[str, Any] | None = None, *, chec
     """
     try:
         with _without_deprecation_notes():
-            env = gym.make(name, disable_env_checker=None if checked else True, **(env_kwargs or {}))
+            env = _make(name, env_kwargs or {}, checked)
     # an environment's own constructor may raise anything
     except Exception as error:
         raise EnvironmentFault(_why_not_made(name, env_kwargs, error)) from error
     if (allowed := _misfit(env.observation_space, env.action_space)) is not None:
         env.close()
-        raise EnvironmentFault(f"env={name}: must be {allowed}")
+        raise EnvironmentFault(f"env={_shown(name)}: must be {allowed}")
     return env
+
+
+def _make(name: Env, env_kwargs: Mapping[str, Any], checked: bool) -> gym.Env:
+    if isinstance(name, str) and library_of(name) is None:
+        return gym.make(full_id(name), disable_env_checker=None if checked else True, **env_kwargs)
+    made = name(**env_kwargs) if callable(name) else make_library_env(name, env_kwargs)
+    if isinstance(made, EnvBase) and not isinstance(name, str):
+        made = with_one_observation(made)
+    return made if isinstance(made, gym.Env) else GymnasiumView(made)
+
+
+def _shown(name: Env) -> str:
+    """How an environment is named in a line."""
+    return name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
 
 
 @contextmanager
@@ -198,11 +242,20 @@ def _describe(error: BaseException) -> str:
 def _with_line(error: BaseException) -> str:
     """An error in one line, and the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
+    # the last line of the user's own code, if an installed package raised the error
+    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    frames = own or list(frames)
     return f"{_describe(error)} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
-def _why_not_made(name: str, env_kwargs: Mapping[str, Any] | None, error: Exception) -> str:
+def _why_not_made(name: Env, env_kwargs: Mapping[str, Any] | None, error: Exception) -> str:
     """Why there is no environment, in one line: its id, its arguments, or a fault of its own."""
+    if not isinstance(name, str):
+        if isinstance(error, ValueError) and "batch size" in str(error):
+            return f"env={_shown(name)}: must be {_one_line(error)}"
+        return f"env={_shown(name)}: must be an environment that can be made; it raised {_with_line(error)}"
+    if library_of(name) is not None and isinstance(error, ValueError):
+        return f"env={name}: must be {_one_line(error)}"
     id = name.rpartition(":")[2]
     if id not in gym.registry and not any(key.startswith(f"{id}-v") for key in gym.registry):
         return f"env={name}: must be the id of an installed Gymnasium environment ({_describe(error)})"
@@ -215,7 +268,7 @@ def _why_not_made(name: str, env_kwargs: Mapping[str, Any] | None, error: Except
 _TRIED: set[str] = set()
 
 
-def try_env(name: str, env_kwargs: Mapping[str, Any] | None = None) -> None:
+def try_env(name: Env, env_kwargs: Mapping[str, Any] | None = None) -> None:
     """Take one step in an environment that is thrown away, so that its faults show before any work.
 
     Args:
@@ -225,7 +278,8 @@ def try_env(name: str, env_kwargs: Mapping[str, Any] | None = None) -> None:
     Raises:
         EnvironmentFault: where it cannot be made, reset or stepped, or what it returns is not what its spaces say.
     """
-    if (key := f"{name} {dict(env_kwargs or {})}") in _TRIED:
+    shown, key = _shown(name), f"{name} {dict(env_kwargs or {})}"
+    if key in _TRIED:
         return
     with closing(make_gym_env(name, env_kwargs, checked=False)) as env, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -240,21 +294,21 @@ def try_env(name: str, env_kwargs: Mapping[str, Any] | None = None) -> None:
         # an environment may raise anything
         except Exception as error:
             raise EnvironmentFault(
-                f"env={name}: must be an environment that can be reset and stepped; its {doing} raised "
+                f"env={shown}: must be an environment that can be reset and stepped; its {doing} raised "
                 f"{_with_line(error)}"
             ) from error
         shape: Any = env.observation_space.shape
     for doing, observation in observations.items():
         if np.shape(observation) != shape:
             raise EnvironmentFault(
-                f"env={name}: must be an environment with observations of shape {shape} as its space says; "
+                f"env={shown}: must be an environment with observations of shape {shape} as its space says; "
                 f"its {doing} returned shape {np.shape(observation)}"
             )
     if np.shape(reward) != () or not hasattr(reward, "__float__"):
         found = f"shape {np.shape(reward)}" if np.shape(reward) else type(reward).__name__
         scalar = "gymnasium.wrappers.TransformReward makes it one"
         raise EnvironmentFault(
-            f"env={name}: must be an environment whose reward is a number ({scalar}), this one has {found}"
+            f"env={shown}: must be an environment whose reward is a number ({scalar}), this one has {found}"
         )
     _TRIED.add(key)
 

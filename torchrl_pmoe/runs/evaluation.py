@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_pmoe.envs.action_units import RawActionPolicy
-from torchrl_pmoe.envs.making import make_gym_env
+from torchrl_pmoe.envs.making import Env, make_gym_env
 from torchrl_pmoe.runs.metrics import MetricsFile
 from torchrl_pmoe.runs.simulators import generator_state, load_generator_state
 from torchrl_pmoe.trainers.nonfinite import NonFiniteError
@@ -27,7 +27,7 @@ class Evaluator:
     """Plays whole episodes in environments of its own, all at once, without touching the run's randomness.
 
     Args:
-        name: Gymnasium id.
+        name: environment, as :func:`~torchrl_pmoe.envs.make_env` takes it.
         policy: reads ``observation`` and writes ``action`` in ``[-1, 1]``, as in an environment of
             :func:`~torchrl_pmoe.envs.make_env`. It is asked for its deterministic action. What it writes into ``next``
             is there again in the next step of the episode.
@@ -51,7 +51,7 @@ class Evaluator:
 
     def __init__(
         self,
-        name: str,
+        name: Env,
         policy: TensorDictModuleBase,
         *,
         episodes: int,
