@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
+from torchrl_pmoe.envs.libraries import library_of
 from torchrl_pmoe.envs.making import make_gym_env
 from torchrl_pmoe.runs import Episode
 
@@ -53,7 +54,9 @@ def write_video(name: str, env_kwargs: Mapping[str, Any], episode: Episode, path
         NoVideoError: where the environment cannot be rendered here, or a package is missing.
     """
     if find_spec("imageio_ffmpeg") is None:
-        raise NoVideoError("imageio-ffmpeg is missing (pip install 'torchrl_pmoe[recipes]')")
+        raise NoVideoError("imageio-ffmpeg is missing (pip install imageio-ffmpeg)")
+    if library_of(name) is not None:
+        raise NoVideoError(f"{name} is an environment of TorchRL's, of which none is filmed")
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     display = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
     if sys.platform == "linux" and not display:

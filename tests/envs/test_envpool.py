@@ -14,7 +14,7 @@ from torchrl_pmoe.envs import envpool as envpool_module
 from torchrl_pmoe.envs.envpool import EnvPoolEnv
 
 needs_envpool = pytest.mark.skipif(
-    not EnvPoolEnv.available("Hopper-v4"), reason="EnvPool is not installed: pip install 'torchrl_pmoe[envpool]'"
+    not EnvPoolEnv.available("Hopper-v4"), reason="EnvPool is not installed: pip install envpool"
 )
 needs_gymnasium_mujoco = pytest.mark.skipif(
     importlib.util.find_spec("mujoco") is None, reason="Gymnasium's own tasks need MuJoCo"

@@ -382,7 +382,7 @@ def test_numbers_are_there_where_there_can_be_no_video(trained, monkeypatch, cap
     for demanded, status in (([], 0), (["--video"], 1)):
         assert evaluate.main([str(run), "--episodes", "1", *demanded]) == status
         shown = capsys.readouterr()
-        assert shown.err == "no video: imageio-ffmpeg is missing (pip install 'torchrl_pmoe[recipes]')\n"
+        assert shown.err == "no video: imageio-ffmpeg is missing (pip install imageio-ffmpeg)\n"
         assert "episodes.csv, experts.csv, experts.png in " in shown.out
         assert {path.name for path in (run / "evaluation").iterdir()} == {*evaluate.FILES} - {"episode.mp4"}
 

@@ -244,7 +244,7 @@ def test_a_run_says_of_which_recipe_it_is(finished):
 
 def test_a_run_that_cannot_go_on_is_not_told_to(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sac_pmoe.py"])
-    assert resume.how_to_resume(finished) == f"goes on with: python sac_pmoe.py resume={finished}"
+    assert resume.how_to_resume(finished) == f"goes on with: {resume.interpreter()} sac_pmoe.py resume={finished}"
     (tmp_path / "config.yaml").write_text("recipe: sac_pmoe\ncheckpoint:\n  replay_buffer: false\n")
     assert resume.how_to_resume(tmp_path).startswith("it cannot go on, with checkpoint.replay_buffer=false ")
 

@@ -14,9 +14,9 @@ import plot  # isort: skip
 
 
 def write_run(directory: Path, returns, frames=(100, 200), **config) -> None:
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     values = {"recipe": "sac_pmoe", "env": "Hopper-v4", "policy": "pmoe", "seed": 0, "optim": {"lr": 1e-3}, **config}
-    (directory / "config.yaml").write_text(yaml.safe_dump(values))
+    (directory / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     with (directory / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["frames", "return_mean", "return_std"])

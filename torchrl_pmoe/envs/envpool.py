@@ -162,7 +162,7 @@ class EnvPoolEnv(EnvBase):
 def _task(name: str) -> tuple[gym.spaces.Box, gym.spaces.Box, dict[str, Any]]:
     """Spaces of observations and actions of one environment, and EnvPool's settings of the task."""
     if importlib.util.find_spec("envpool") is None:
-        raise ValueError("EnvPoolEnv: EnvPool is not installed: pip install 'torchrl_pmoe[envpool]'.")
+        raise ValueError("EnvPoolEnv: EnvPool is not installed: pip install envpool.")
     import envpool
 
     if name not in envpool.list_all_envs():

@@ -10,10 +10,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from torchrl.data import Composite
 from torchrl.envs import EnvBase, TransformedEnv
-from torchrl.envs.transforms import CatTensors, DoubleToFloat
+from torchrl.envs.transforms import CatTensors, DoubleToFloat, UnsqueezeTransform
 
-__all__ = ["LIBRARIES", "GymnasiumView", "library_of", "make_library_env", "with_one_observation"]
+__all__ = ["LIBRARIES", "GymnasiumView", "UnusableError", "library_of", "make_library_env", "with_one_observation"]
+
+
+class UnusableError(ValueError):
+    """Why there is no environment, to be read after "must be"; the fault is the caller's, and needs no traceback."""
 
 
 def library_of(name: str) -> str | None:
@@ -30,11 +35,13 @@ def make_library_env(name: str, env_kwargs: Mapping[str, Any] | None = None) -> 
         env_kwargs: arguments of TorchRL's environment.
 
     Raises:
-        ValueError: in one line, where the library is not installed or has no such task.
+        UnusableError: in one line, where the library is not installed or has no such task.
     """
     library, _, task = name.partition(":")
     if find_spec(library) is None:
-        raise ValueError(f"an environment that can be made here; its package is missing: pip install {library}")
+        raise UnusableError(
+            f"an environment that can be made here; its package is missing: pip install {library} 'mujoco<4'"
+        )
     return LIBRARIES[library](task, dict(env_kwargs or {}))
 
 
@@ -46,7 +53,7 @@ def _dm_control(task: str, env_kwargs: dict[str, Any]) -> EnvBase:
     known = ["-".join(pair) for pair in suite.ALL_TASKS]
     if task not in known:
         close = difflib.get_close_matches(task, known, n=3) or known
-        raise ValueError(f"one of dm_control's tasks, such as {', '.join(close)}")
+        raise UnusableError(f"one of dm_control's tasks, such as {', '.join(close)}")
     env = DMControlEnv(*task.split("-", 1), **env_kwargs)
     return with_one_observation(env)
 
@@ -57,7 +64,7 @@ def _brax(task: str, env_kwargs: dict[str, Any]) -> EnvBase:
 
     if task not in BraxEnv.available_envs:
         close = difflib.get_close_matches(task, BraxEnv.available_envs, n=3) or BraxEnv.available_envs
-        raise ValueError(f"one of Brax's tasks, such as {', '.join(close)}")
+        raise UnusableError(f"one of Brax's tasks, such as {', '.join(close)}")
     return with_one_observation(BraxEnv(task, **env_kwargs))
 
 
@@ -69,12 +76,16 @@ def with_one_observation(env: EnvBase) -> EnvBase:
     """The environment with all of its observations in ``observation`` ``[O]``, in float32, in the order of their names.
 
     Raises:
-        ValueError: for a batch of environments, or one without observations.
+        UnusableError: for a batch of environments, or one without observations.
     """
     if env.batch_size:
-        raise ValueError(f"an environment of batch size [], this one has {list(env.batch_size)}")
-    keys = sorted(key for key in env.observation_spec.keys(True, True) if key not in ("pixels", "state"))
+        raise UnusableError(f"an environment of batch size [], this one has {list(env.batch_size)}")
+    # what is nested (a simulator's state, parameters) is not seen by the policy, nor are pixels
+    flat = [key for key, spec in env.observation_spec.items() if not isinstance(spec, Composite) and key != "pixels"]
+    keys = sorted(flat)
     one = TransformedEnv(env, DoubleToFloat())
+    if scalars := [key for key in keys if not env.observation_spec[key].shape]:
+        one.append_transform(UnsqueezeTransform(-1, in_keys=scalars, in_keys_inv=[]))  # [] -> [1]
     if keys != ["observation"]:
         one.append_transform(CatTensors(in_keys=keys, out_key="observation", del_keys=True))
     return one

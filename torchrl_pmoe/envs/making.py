@@ -23,7 +23,7 @@ from torchrl.envs import DoubleToFloat, DTypeCastTransform, EnvBase, GymWrapper,
 
 from torchrl_pmoe.envs.action_units import normalize_actions
 from torchrl_pmoe.envs.envpool import EnvPoolEnv
-from torchrl_pmoe.envs.libraries import GymnasiumView, library_of, make_library_env, with_one_observation
+from torchrl_pmoe.envs.libraries import GymnasiumView, UnusableError, library_of, make_library_env, with_one_observation
 from torchrl_pmoe.envs.mujoco import MUJOCO_TASKS, mujoco_task
 from torchrl_pmoe.envs.mujoco.engines import has_mjx, quiet_mujoco
 from torchrl_pmoe.envs.parallel import parallel_env
@@ -139,12 +139,12 @@ def unavailable(backend: Backend, name: Env, env_kwargs: Mapping[str, Any] | Non
     # in this order: EnvPool is asked for its tasks only where it is installed
     reasons: dict[str, list[tuple[Callable[[], bool], str]]] = {
         "envpool": [
-            (lambda: find_spec("envpool") is None, "without the package envpool: pip install 'torchrl_pmoe[envpool]'"),
+            (lambda: find_spec("envpool") is None, "without the package envpool: pip install envpool"),
             (lambda: not EnvPoolEnv.available(str(name)), f"with env={name}, which EnvPool does not have"),
             (lambda: bool(env_kwargs), "with env_kwargs, which EnvPool's tasks do not take"),
         ],
         "mjx": [
-            (lambda: not has_mjx(), "without jax and mujoco-mjx: pip install 'torchrl_pmoe[mjx]'"),
+            (lambda: not has_mjx(), "without jax and mujoco-mjx: pip install jax mujoco-mjx"),
             (lambda: name not in MUJOCO_TASKS, f"with env={name}; mjx has {', '.join(MUJOCO_TASKS)}"),
             (lambda: bool(env_kwargs), "with env_kwargs, which mjx's tasks do not take"),
         ],
@@ -172,6 +172,8 @@ def make_gym_env(name: Env, env_kwargs: Mapping[str, Any] | None = None, *, chec
     try:
         with _without_deprecation_notes():
             env = _make(name, env_kwargs or {}, checked)
+    except UnusableError as error:
+        raise EnvironmentFault(f"env={_shown(name)}: must be {_one_line(error)}") from None
     # an environment's own constructor may raise anything
     except Exception as error:
         raise EnvironmentFault(_why_not_made(name, env_kwargs, error)) from error
@@ -197,9 +199,9 @@ def _shown(name: Env) -> str:
 
 @contextmanager
 def _without_deprecation_notes() -> Iterator[None]:
-    """Leave out the two lines that every MuJoCo v4 task prints when it is made."""
+    """Leave out the two lines that every MuJoCo v4 task prints when it is made, and what dm_control's window says."""
     with warnings.catch_warnings(), quiet_mujoco():
-        for message in (".*is out of date.*", ".*Using the latest versioned.*"):
+        for message in (".*is out of date.*", ".*Using the latest versioned.*", ".*DISPLAY environment variable.*"):
             warnings.filterwarnings("ignore", message=message)
         yield
 
@@ -251,11 +253,9 @@ def _with_line(error: BaseException) -> str:
 def _why_not_made(name: Env, env_kwargs: Mapping[str, Any] | None, error: Exception) -> str:
     """Why there is no environment, in one line: its id, its arguments, or a fault of its own."""
     if not isinstance(name, str):
-        if isinstance(error, ValueError) and "batch size" in str(error):
-            return f"env={_shown(name)}: must be {_one_line(error)}"
         return f"env={_shown(name)}: must be an environment that can be made; it raised {_with_line(error)}"
-    if library_of(name) is not None and isinstance(error, ValueError):
-        return f"env={name}: must be {_one_line(error)}"
+    if library_of(name) is not None:
+        return f"env={name}: must be an environment that can be made; it raised {_with_line(error)}"
     id = name.rpartition(":")[2]
     if id not in gym.registry and not any(key.startswith(f"{id}-v") for key in gym.registry):
         return f"env={name}: must be the id of an installed Gymnasium environment ({_describe(error)})"

@@ -317,9 +317,9 @@ def mujoco_task(
     if backend not in ("mjx", "mujoco"):
         raise ValueError(f"mujoco_task: backend must be 'mjx' or 'mujoco', got {backend!r}.")
     if backend == "mjx" and not has_mjx():
-        raise ValueError("mujoco_task: backend='mjx' needs jax and mujoco-mjx: pip install 'torchrl_pmoe[mjx]'.")
+        raise ValueError("mujoco_task: backend='mjx' needs jax and mujoco-mjx: pip install jax mujoco-mjx.")
     if importlib.util.find_spec("mujoco") is None:
-        raise ValueError("mujoco_task: backend='mujoco' needs mujoco: pip install 'torchrl_pmoe[recipes]'.")
+        raise ValueError("mujoco_task: backend='mujoco' needs mujoco: pip install mujoco.")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"mujoco_task: device must be one that torch has, got {str(device)!r} and no CUDA device.")
     return MUJOCO_TASKS[name](num_envs=num_envs, seed=seed, device=device, backend=backend)
