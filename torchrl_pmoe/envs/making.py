@@ -246,8 +246,8 @@ def _with_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     # the last line of the user's own code, if an installed package raised the error
     own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
-    frames = own or list(frames)
-    return f"{_describe(error)} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    last = (own or list(frames))[-1]
+    return f"{_describe(error)} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _why_not_made(name: Env, env_kwargs: Mapping[str, Any] | None, error: Exception) -> str:

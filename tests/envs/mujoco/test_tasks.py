@@ -188,7 +188,7 @@ def test_a_missing_gpu_is_one_line() -> None:
 
 def test_a_missing_mjx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_mjx", lambda: False)
-    with pytest.raises(ValueError, match=r"pip install 'torchrl_pmoe\[mjx\]'"):
+    with pytest.raises(ValueError, match=r"pip install jax mujoco-mjx"):
         mujoco_task("Hopper-v4", 1, seed=0)
 
 
