@@ -173,7 +173,7 @@ class PPOConfig(OnPolicyConfig):
     num_experts: Experts | None = field(None, "null: the paper's number for its MuJoCo tasks, 4 elsewhere")
     policy: PolicyName = field("pmoe", "gaussian: TorchRL's own IndependentNormal or TanhNormal, the control")
     blend: Literal["parameters", "actions"] = field("parameters", "policy=gating: what is blended")
-    preset: Literal["paper"] | None = field(None, "the authors' combination, evaluation included")
+    preset: Literal["default", "paper"] | None = field(None, "paper: the authors' combination, evaluation included")
     scoring: Literal["responsibility", "frequency", "critic"] | None = field(
         None, "responsibility, frequency: TorchRL's unmodified ClipPPOLoss; critic: PMOEClipPPOLoss"
     )
@@ -256,7 +256,7 @@ def resolve(config: PPOConfig) -> None:
         {"actions": (config.preset == "paper" and config.actions != "unbounded", "unbounded with preset=paper")},
     )
     given = config.routing
-    shared.fill(config, PAPER, PAPER if config.preset == "paper" else DEFAULTS)
+    shared.fill(config, {"default": DEFAULTS, "paper": PAPER}, DEFAULTS)
     shared.fill_num_experts(config, PAPER_NUM_EXPERTS)
     if config.policy not in UNIMODAL and config.scoring != "critic":
         why = f"null with scoring={config.scoring}, where the log-density trains the router"

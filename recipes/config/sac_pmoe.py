@@ -119,7 +119,9 @@ class SACConfig:
     num_experts: Experts | None = field(None, "null: the paper's number for its MuJoCo tasks, 4 elsewhere")
     policy: PolicyName = field("pmoe", "gaussian: TorchRL's own TanhNormal, the control")
     blend: Literal["parameters", "actions"] = field("parameters", "policy=gating: what is blended")
-    preset: Literal["paper"] | None = field(None, "the authors' combination, evaluation included")
+    preset: Literal["default", "paper", "diverse"] | None = field(
+        None, "paper: the authors' combination, evaluation included; diverse: keeps several solutions"
+    )
     scoring: Literal["critic", "gradient"] | None = field(
         None, "critic: PMOESACLoss; gradient: TorchRL's unmodified SACLoss; null, here and below: see the first line"
     )
@@ -257,6 +259,12 @@ PARTNERS: dict[tuple[str, str], dict[str, str | None]] = {
 Measured on the bandits whose optimum is known, but for ``frequency``, which has the highest return. The first row that
 fits what a config names is taken; what it names besides stays.
 """
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": DEFAULTS,
+    "paper": PAPER,
+    "diverse": {**DEFAULTS, "routing": "soft_frequency", **PARTNERS["critic", "soft_frequency"]},
+}
+"""What ``preset`` stands for; a key that is named besides must have the preset's value."""
 PAPER_NUM_EXPERTS = {"HalfCheetah": 2, "Humanoid": 10, "HumanoidStandup": 10}
 
 
@@ -267,8 +275,10 @@ def resolve(config: SACConfig) -> None:
         UsageError: in one line, for the first key that cannot stay.
     """
     shared.refuse_machine(config)
-    fills: Mapping[str, Any] = DEFAULTS if config.policy in UNIMODAL else partners(config)
-    shared.fill(config, PAPER, dict(PAPER if config.preset == "paper" else fills), for_unimodal=("acting",))
+    # a preset refuses by itself what contradicts it
+    alone = config.policy in UNIMODAL or config.preset is not None
+    fills: Mapping[str, Any] = DEFAULTS if alone else partners(config)
+    shared.fill(config, PRESETS, fills, for_unimodal=("acting",))
     shared.fill_num_experts(config, PAPER_NUM_EXPERTS)
     if config.network.router is None:
         config.network.router = "shared" if config.policy in UNIMODAL else "detached"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
@@ -139,13 +140,19 @@ def refuse_machine(config: Any) -> None:
     )
 
 
-def fill(config: Any, paper: dict[str, Any], fills: dict[str, Any], *, for_unimodal: tuple[str, ...] = ()) -> None:
+def fill(
+    config: Any,
+    presets: Mapping[str, Mapping[str, Any]],
+    otherwise: Mapping[str, Any],
+    *,
+    for_unimodal: tuple[str, ...] = (),
+) -> None:
     """Fill in the keys that were left to the preset; a policy without a draw of experts has only ``for_unimodal``.
 
     Args:
         config: changed in place.
-        paper: what ``preset=paper`` stands for.
-        fills: the values of the keys that are null.
+        presets: what each value of ``preset`` stands for.
+        otherwise: the values of the keys that are null, without a preset.
         for_unimodal: the keys that mean something to a policy that draws no expert.
 
     Raises:
@@ -155,15 +162,16 @@ def fill(config: Any, paper: dict[str, Any], fills: dict[str, Any], *, for_unimo
         config,
         {
             "preset": (
-                config.preset == "paper" and config.policy in UNIMODAL,
+                config.preset is not None and config.policy in UNIMODAL,
                 f"null with policy={config.policy}, it is a combination for policy=pmoe",
             )
         },
     )
-    for key, value in fills.items():
+    chosen = otherwise if config.preset is None else presets[config.preset]
+    for key, value in chosen.items():
         given = get(config, key)
-        contradicts = config.preset == "paper" and given not in (None, paper[key])
-        refuse(config, {key: (contradicts, f"{paper.get(key)} or null with preset=paper")})
+        contradicts = config.preset is not None and given not in (None, value)
+        refuse(config, {key: (contradicts, f"{value} or null with preset={config.preset}")})
         if config.policy in UNIMODAL and key not in for_unimodal:
             set_(config, key, None)  # a sweep over policies may name them
         elif given is None:
