@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from torchrl_pmoe.runs import read_metrics
 
 # matplotlib refuses to be imported where a notebook has left a backend there that is not installed
 _given = os.environ.pop("MPLBACKEND", None)
@@ -39,9 +37,14 @@ def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], *
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
-def draw_learning_curve(metrics: Path, title: str) -> Path:
-    """Draw return and expert usage over frames, in ``learning_curve.png`` beside a ``metrics.csv``."""
-    data = read_metrics(metrics)
+def draw_learning_curve(data: Mapping[str, np.ndarray], title: str, path: Path) -> None:
+    """Draw return and expert usage over frames.
+
+    Args:
+        data: the columns of a ``metrics.csv``.
+        title: of the picture.
+        path: of the picture.
+    """
     frames = data["frames"]
     usage = [data[name] for name in data if re.fullmatch(r"usage_\d+", name)]
     fig, axes = subplots(1 + bool(usage), 1, sharex=True, figsize=(7, 6 if usage else 4), squeeze=False)
@@ -59,9 +62,7 @@ def draw_learning_curve(metrics: Path, title: str) -> Path:
         bottom.margins(x=0)
         expert_legend(bottom, len(usage))
     axes[-1, 0].set_xlabel("frames")
-    target = metrics.with_name("learning_curve.png")
-    fig.savefig(target, dpi=150)
-    return target
+    fig.savefig(path, dpi=150)
 
 
 def expert_colors(number: int) -> np.ndarray:

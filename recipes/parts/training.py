@@ -49,6 +49,7 @@ from torchrl_pmoe.runs import (
     RunDirectory,
     SavedPolicies,
     VerifiedCheckpoint,
+    read_metrics,
     run_logger,
 )
 from torchrl_pmoe.runs.acting import Kind
@@ -529,7 +530,7 @@ def mean_columns(stepper: FusedOptimizationStepper, columns: Sequence[str]) -> d
 def _draw(agents: Sequence[Agent], metrics: Sequence[MetricsFile]) -> None:
     for agent, one in zip(agents, metrics, strict=True):
         if one.last:
-            draw_learning_curve(one.path, agent.title)
+            draw_learning_curve(read_metrics(one.path), agent.title, agent.directory / "learning_curve.png")
 
 
 def _resume(
