@@ -57,6 +57,9 @@ def write_video(name: str, env_kwargs: Mapping[str, Any], episode: Episode, path
         raise NoVideoError("imageio-ffmpeg is missing (pip install imageio-ffmpeg)")
     if library_of(name) is not None:
         raise NoVideoError(f"{name} is an environment of TorchRL's, of which none is filmed")
+    with closing(make_gym_env(name, env_kwargs, checked=False)) as env:
+        if "rgb_array" not in (env.metadata.get("render_modes") or ()):
+            raise NoVideoError(f"{name} renders no pictures (its metadata['render_modes'] has no rgb_array)")
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     display = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
     if sys.platform == "linux" and not display:
