@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict.nn import AddStateIndependentNormalScale
 from torch import nn
 from torchrl.data import TensorSpec
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
@@ -212,9 +211,10 @@ def orthogonal_policy_(actor: nn.Module, head_gain: float, log_std_init: float) 
         orthogonal_(network.experts, head_gain)
         orthogonal_(network.router, head_gain)
         nn.init.constant_(network.log_scale, log_std_init)
-    elif isinstance(last := list(actor.modules())[-1], AddStateIndependentNormalScale):
-        orthogonal_(actor, head_gain)
-        nn.init.constant_(last.state_independent_scale, log_std_init)
+    elif isinstance(actor, GaussianActor):
+        mlp, scale = actor[0].module
+        orthogonal_(mlp, head_gain)
+        nn.init.constant_(scale.state_independent_scale, log_std_init)
 
 
 # ----------------------------------------------------------------------------------------------- one line

@@ -18,6 +18,7 @@ from recipe_runs import (
     rows,
     timeless_rows,
 )
+from torchrl.data import Bounded
 
 from torchrl_pmoe.envs import NormalizeObservationAndReward, make_env
 
@@ -169,6 +170,29 @@ def test_the_papers_number_of_experts_is_the_default():
         "HalfCheetah": 8,
     }
     assert resolve("env=Pendulum-v1").num_experts == 4
+
+
+@pytest.mark.parametrize("actions", ["unbounded", "bounded"])
+@pytest.mark.parametrize("policy", ["pmoe", "gaussian", "gating", "mcp"])
+def test_every_policy_begins_orthogonal_with_small_heads_and_one_scale(policy, actions):
+    spec = Bounded(-1, 1, (3,))
+    cfg = resolve("device=cpu", f"policy={policy}", f"actions={actions}", "network.log_std_init=-0.7")
+    actor, value, _ = ppo_pmoe.build_agent(cfg, spec, 5)
+    weights = [parameter for parameter in actor.parameters() if parameter.ndim == 2]
+    first, second, *heads = weights
+    assert [tuple(weight.shape) for weight in (first, second)] == [(64, 5), (64, 64)]
+    # sqrt(2) times an orthogonal matrix, in whichever of its sides is the shorter
+    torch.testing.assert_close(first.t() @ first, 2 * torch.eye(5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(second.t() @ second, 2 * torch.eye(64), rtol=0, atol=1e-5)
+    for head in heads:
+        gain = cfg.network.head_gain**2
+        torch.testing.assert_close(head @ head.t(), gain * torch.eye(len(head)), rtol=0, atol=1e-7)
+    vectors = {name: parameter for name, parameter in actor.named_parameters() if parameter.ndim == 1}
+    scales = [parameter for name, parameter in vectors.items() if "scale" in name]
+    torch.testing.assert_close(scales, [torch.full_like(scales[0], -0.7)])
+    assert not any(parameter.any() for name, parameter in vectors.items() if "bias" in name)
+    last = [parameter for parameter in value.parameters() if parameter.ndim == 2][-1]
+    torch.testing.assert_close(last @ last.t(), torch.eye(1), rtol=0, atol=1e-5)
 
 
 def test_paper_preset_clips_the_qvalue_network_with_the_policy():
