@@ -82,17 +82,28 @@ def train_ppo(name: str, num_envs: int, turns: Turns) -> None:
     model.learn(NEVER, callback=_calls(turns, "_on_rollout_start"))
 
 
-def learn(algorithm: str, name: str, seed: int, frames: int, interval: int, output: Path) -> None:
+def learn(
+    algorithm: str,
+    name: str,
+    seed: int,
+    frames: int,
+    interval: int,
+    output: Path,
+    learning_rate: float = 3e-4,
+    random_frames: int = 1000,
+) -> None:
     """A whole training with the settings of the recipe's defaults, on one thread.
 
     Args:
-        algorithm: ``"sac"`` (1,000 random frames) or ``"ppo"`` (observations and rewards normalised, values clipped,
+        algorithm: ``"sac"`` or ``"ppo"`` (observations and rewards normalised, values clipped,
             the learning rate falling to zero, the value's loss weighted as in the recipe).
         name: Gymnasium id.
         seed: of environment and networks.
         frames: of the training.
         interval: frames between two evaluations of 10 deterministic episodes.
         output: CSV file, a row an evaluation: frames, mean and standard deviation of the returns.
+        learning_rate: of every network and of the temperature.
+        random_frames: of SAC, before the first update.
     """
     library = _library()
     from stable_baselines3.common.callbacks import BaseCallback
@@ -109,12 +120,19 @@ def learn(algorithm: str, name: str, seed: int, frames: int, interval: int, outp
     train_env, eval_env = vector(True), vector(False)
     eval_env.seed(seed + 1_000_000)
     if algorithm == "sac":
-        model = library.SAC("MlpPolicy", train_env, learning_starts=1000, seed=seed, device="cpu")
+        model = library.SAC(
+            "MlpPolicy",
+            train_env,
+            learning_rate=learning_rate,
+            learning_starts=random_frames,
+            seed=seed,
+            device="cpu",
+        )
     else:
         model = library.PPO(
             "MlpPolicy",
             train_env,
-            learning_rate=lambda left: 3e-4 * left,
+            learning_rate=lambda left: learning_rate * left,
             clip_range_vf=0.2,
             # the recipe's 0.25 of the squared error; gradients are clipped with it
             vf_coef=0.25,

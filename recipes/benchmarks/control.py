@@ -4,7 +4,9 @@
     python recipes/benchmarks/control.py --show
 
 SAC (100,000 frames) and PPO (500,000 frames) with the same settings on both sides, HalfCheetah-v4 and Hopper-v4, three
-seeds, one thread each. The recipe is started by its command line as a user starts it, defaults included. Every training
+seeds, one thread each. The recipe is started by its command line as a user starts it. PPO runs with the recipe's
+defaults; SAC with the learning rate of 1e-3 and the 5,000 random frames of the published curve. With the recipe's 3e-4
+and 1,000 (``--sac-settings recipe``) both libraries learn more slowly in the first 100,000 frames. Every training
 has a directory of its own under ``--work``; the same command goes on after any stop: what is finished is left alone, a
 run of ours is resumed, one of Stable-Baselines3 begins again. The evaluations (10 deterministic episodes) of all of
 them go to ``--output``, and the picture beside it is drawn over the published curves of ``published.csv``.
@@ -18,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,14 @@ FRAMES = {"sac": 100_000, "ppo": 500_000}
 INTERVAL = {"sac": 10_000, "ppo": 25_000}
 OURS, THEIRS = "torchrl_pmoe", "Stable-Baselines3"
 COLORS = {OURS: "#D55E00", THEIRS: "#0072B2"}
-COLUMNS = ["algorithm", "env", "library", "seed", "frames", "return_mean", "return_std"]
+COLUMNS = ["algorithm", "settings", "env", "library", "seed", "frames", "return_mean", "return_std"]
+
+PUBLISHED_SAC = {"learning_rate": 1e-3, "random_frames": 5000}
+"""Where the published runs differ from the recipe.
+
+SimbaV2's file of results has an evaluation every 16,666 frames, 1/300 of 5,000,000: the interval of ``train.py`` in
+github.com/adityab/CrossQ, which trains its SAC with these two (``slurm/submit_everything.sh``).
+"""
 
 
 @dataclass(frozen=True)
@@ -44,13 +53,14 @@ class Cell:
     """One training."""
 
     algorithm: str
+    settings: str
     env: str
     library: str
     seed: int
 
     def directory(self, work: Path) -> Path:
         """Where it leaves its files."""
-        return work / f"{self.algorithm}-{self.env}-{self.library}-seed{self.seed}"
+        return work / f"{self.algorithm}-{self.settings}-{self.env}-{self.library}-seed{self.seed}"
 
     def evaluations(self, work: Path) -> pd.DataFrame | None:
         """What has been evaluated so far, or nothing."""
@@ -58,8 +68,7 @@ class Cell:
         if not file.is_file():
             return None
         data = pd.read_csv(file)
-        place = {"algorithm": self.algorithm, "env": self.env, "library": self.library, "seed": self.seed}
-        return data.assign(**place)[COLUMNS]
+        return data.assign(**asdict(self))[COLUMNS]
 
     def finished(self, work: Path) -> bool:
         """Whether it has all of its frames."""
@@ -70,7 +79,7 @@ class Cell:
         """What trains it, or goes on with it."""
         run = self.directory(work)
         if self.library == THEIRS:
-            return [sys.executable, __file__, "--work", str(work), "--train", *map(str, self.place())]
+            return [sys.executable, __file__, "--work", str(work), "--train", *map(str, astuple(self))]
         recipe = [sys.executable, str(RECIPES / f"{self.algorithm}_pmoe.py")]
         if any((run / "checkpoints").glob("checkpoint-*")):
             return [*recipe, f"resume={run}"]
@@ -79,15 +88,21 @@ class Cell:
             f"env={self.env}",
             "policy=gaussian",
             f"seed={self.seed}",
+            *self.overrides(),
             f"total_frames={FRAMES[self.algorithm]}",
             f"logger.eval_interval={INTERVAL[self.algorithm]}",
             "optim.num_threads=1",
             f"hydra.run.dir={run}",
         ]
 
-    def place(self) -> tuple[str, str, int]:
-        """Algorithm, task and seed."""
-        return self.algorithm, self.env, self.seed
+    def overrides(self) -> list[str]:
+        """What differs from the recipe's defaults."""
+        if self.settings == "recipe":
+            return []
+        return [
+            f"optim.lr={PUBLISHED_SAC['learning_rate']}",
+            f"collector.init_random_frames={PUBLISHED_SAC['random_frames']}",
+        ]
 
     def run(self, work: Path) -> int:
         """Train in a process of its own, its output in ``output.log``; its exit status."""
@@ -106,13 +121,18 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
         for algorithm in args.algorithms:
             for env in args.envs:
                 for library in (OURS, THEIRS):
-                    yield Cell(algorithm, env, library, seed)
+                    yield Cell(algorithm, args.sac_settings if algorithm == "sac" else "recipe", env, library, seed)
 
 
 def collect(args: argparse.Namespace) -> pd.DataFrame:
-    """The evaluations of every training, finished or not; written to ``--output``."""
+    """The evaluations of every training, finished or not, and what ``--output`` holds of others; written there."""
     found = [data for cell in cells(args) if (data := cell.evaluations(args.work)) is not None]
+    if args.output.is_file():
+        found.append(pd.read_csv(args.output))
     data = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS)
+    data = data.drop_duplicates([*(f.name for f in fields(Cell)), "frames"]).sort_values(
+        ["algorithm", "settings", "env", "library", "seed", "frames"]
+    )
     data.to_csv(args.output, index=False, lineterminator="\n")
     return data
 
@@ -122,10 +142,9 @@ def collect(args: argparse.Namespace) -> pd.DataFrame:
 
 def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
     """One panel a task and algorithm: every seed thin, the mean thick, the published seeds' mean ± std as a band."""
-    panels = list(data.groupby(["algorithm", "env"], sort=False).groups)
+    panels = list(data.groupby(["algorithm", "settings", "env"], sort=False))
     fig, axes = subplots(1, len(panels), figsize=(5 * len(panels), 4.2), squeeze=False)
-    for ax, (algorithm, env) in zip(axes[0], panels, strict=True):
-        here = data[(data["algorithm"] == algorithm) & (data["env"] == env)]
+    for ax, ((algorithm, settings, env), here) in zip(axes[0], panels, strict=True):
         last = here["frames"].max()
         for source, band in published[(published["algorithm"] == algorithm) & (published["env"] == env)].groupby(
             "source"
@@ -145,7 +164,7 @@ def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
             number = runs["seed"].nunique()
             label = f"{library}, {number} seed{'s' * (number > 1)}"
             ax.plot(mean.index, mean, color=COLORS[library], linewidth=2.2, label=label)
-        ax.set(title=f"{algorithm.upper()}, {env}", xlabel="frames", ylabel="evaluation return")
+        ax.set(title=f"{algorithm.upper()}, {env}, {settings} settings", xlabel="frames", ylabel="evaluation return")
         ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.yaxis.set_major_formatter("{x:,.0f}")
         ax.tick_params(axis="x", labelrotation=30)
@@ -157,27 +176,26 @@ def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
 def table(data: pd.DataFrame, published: pd.DataFrame) -> str:
     """Markdown: mean and standard deviation over seeds of the last evaluation, the published ones beside them."""
     lines = [
-        "| algorithm | task | frames | who | seeds | return, each seed | mean ± std |",
-        "|---|---|---|---|---|---|---|",
+        "| algorithm | settings | task | frames | who | seeds | return, each seed | mean ± std |",
+        "|---|---|---|---|---|---|---|---|",
     ]
 
-    def line(algorithm: str, env: str, frames: int, who: str, returns: Sequence[float]) -> str:
+    def line(place: Sequence[str], frames: int, who: str, returns: Sequence[float]) -> str:
         values = pd.Series(returns)
         each = ", ".join(f"{value:,.0f}" for value in values) if len(values) < 6 else ""
         spread = f" ± {values.std(ddof=0):,.0f}" if len(values) > 1 else ""
-        about = f"| {algorithm.upper()} | {env} | {frames:,} | {who} | {len(values)} |"
+        about = f"| {' | '.join(place)} | {frames:,} | {who} | {len(values)} |"
         return f"{about} {each} | {values.mean():,.0f}{spread} |"
 
-    for (algorithm, env), here in data.groupby(["algorithm", "env"], sort=False):
+    for place, here in data.groupby(["algorithm", "settings", "env"], sort=False):
+        algorithm, _, env = place
         for library, runs in here.groupby("library", sort=False):
             last = runs[runs["frames"] == runs["frames"].max()]
-            lines.append(line(algorithm, env, int(last["frames"].iloc[0]), str(library), list(last["return_mean"])))
+            lines.append(line(place, int(last["frames"].iloc[0]), str(library), list(last["return_mean"])))
         band = published[(published["algorithm"] == algorithm) & (published["env"] == env)]
         for source, found in band.groupby("source"):
             nearest = min(found["frames"].unique(), key=lambda frames: abs(frames - here["frames"].max()))
-            lines.append(
-                line(algorithm, env, int(nearest), str(source), list(found[found["frames"] == nearest]["return"]))
-            )
+            lines.append(line(place, int(nearest), str(source), list(found[found["frames"] == nearest]["return"])))
     return "\n".join(lines)
 
 
@@ -189,17 +207,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--algorithms", nargs="+", choices=FRAMES, default=list(FRAMES), help="(all)")
     parser.add_argument("--envs", nargs="+", default=ENVS, metavar="ENV", help=f"({' '.join(ENVS)})")
+    parser.add_argument("--sac-settings", choices=["published", "recipe"], default="published", help="(published)")
     parser.add_argument("--seeds", type=at_least_one, default=3, help="(3)")
     parser.add_argument("--jobs", type=at_least_one, default=1, help="trainings at once, one thread each (1)")
     parser.add_argument("--work", type=Path, default=Path("outputs/control"), help="of the trainings (outputs/control)")
     parser.add_argument("--output", type=Path, default=RESULTS / "control.csv", help="(recipes/results/control.csv)")
     parser.add_argument("--show", action="store_true", help="train nothing: draw and print what --output holds")
-    parser.add_argument("--train", nargs=3, metavar=("ALGORITHM", "ENV", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--train", nargs=5, metavar=tuple(f.name.upper() for f in fields(Cell)), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.work = args.work.absolute()
     if args.train is not None:
-        algorithm, env, seed = args.train
-        cell = Cell(algorithm, env, THEIRS, int(seed))
+        *place, seed = args.train
+        cell = Cell(*place, int(seed))
         learn(cell, cell.directory(args.work))
         return
     if args.show and not args.output.is_file():
@@ -237,7 +256,13 @@ def learn(cell: Cell, run: Path) -> None:
     """One training of Stable-Baselines3, its evaluations in ``metrics.csv``."""
     run.mkdir(parents=True, exist_ok=True)
     baselines3.learn(
-        cell.algorithm, cell.env, cell.seed, FRAMES[cell.algorithm], INTERVAL[cell.algorithm], run / "metrics.csv"
+        cell.algorithm,
+        cell.env,
+        cell.seed,
+        FRAMES[cell.algorithm],
+        INTERVAL[cell.algorithm],
+        run / "metrics.csv",
+        **(PUBLISHED_SAC if cell.settings == "published" else {}),
     )
 
 
