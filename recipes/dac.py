@@ -122,18 +122,9 @@ def train(cfg: DACConfig, run_dir: Path) -> None:
     frames = cfg.collector.frames_per_batch
     collector = build_collector(env, actor, frames_per_batch=frames, device=cfg.device)
     buffer = build_buffer(frames, cfg.loss.num_minibatches, cfg.device)
-    optimizer = build_optimizer(
-        loss,
-        lr=cfg.optim.lr,
-        eps=cfg.optim.adam_eps,
-        weight_decay=cfg.optim.weight_decay,
-        router=list(actor.router_parameters()),
-        router_lr=cfg.optim.router_lr,
-    )
+    optimizer = build_optimizer(loss, actor, **cfg.optim.adam())
     schedule = build_schedule(optimizer, -(-cfg.total_frames // frames), falling=cfg.optim.anneal_lr)
-    stepper = FusedOptimizationStepper(
-        compile=bool(cfg.compile.enabled), cudagraphs=cfg.compile.cudagraphs, on_nonfinite=cfg.on_nonfinite
-    )
+    stepper = FusedOptimizationStepper(**cfg.stepping())
     trainer = build_on_policy_trainer(
         run_dir,
         collector=collector,
@@ -176,11 +167,8 @@ def train(cfg: DACConfig, run_dir: Path) -> None:
         [agent],
         measure,
         about=f"{describe(cfg.env, cfg.policy, actor)}; {cfg.collector.described()}",
-        updates=cfg.updates,
         train_return=normalization.train_return,
-        evaluation=cfg.evaluation_options(),
-        logging=cfg.logger_options(),
-        checkpoints=cfg.checkpoint_options(),
+        **cfg.recording(),
         checkpoint=checkpoint_to_resume(cfg.resume),
         on_resume=lambda: rescale(schedule),
         begin=lambda: keep_config(cfg, run_dir),

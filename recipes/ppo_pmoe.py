@@ -67,15 +67,7 @@ LOSS_COLUMNS = (
 def build_env(cfg: OnPolicyConfig) -> tuple[EnvBase, NormalizeObservationAndReward]:
     """The seeded environment, and what normalises its observations and rewards."""
     try_env(cfg.env, cfg.env_kwargs)
-    env = make_env(
-        cfg.env,
-        num_envs=cfg.collector.num_envs,
-        seed=cfg.seed,
-        env_kwargs=cfg.env_kwargs,
-        backend=cfg.collector.backend,
-        device=cfg.device,
-        clip_actions=cfg.actions == "unbounded",
-    )
+    env = make_env(cfg.env, clip_actions=cfg.actions == "unbounded", **cfg.environments())
     normalization = NormalizeObservationAndReward(
         observation=cfg.normalization.observation,
         reward=cfg.normalization.reward,
@@ -112,24 +104,12 @@ def train(cfg: PPOConfig, run_dir: Path) -> None:
     frames = cfg.collector.frames_per_batch
     collector = build_collector(env, actor, frames_per_batch=frames, device=cfg.device)
     buffer = build_buffer(frames, cfg.loss.num_minibatches, cfg.device)
-    optimizer = build_optimizer(
-        loss,
-        lr=cfg.optim.lr,
-        eps=cfg.optim.adam_eps,
-        weight_decay=cfg.optim.weight_decay,
-        router=list(actor.router_parameters()) if cfg.optim.router_lr else [],
-        router_lr=cfg.optim.router_lr,
-    )
+    optimizer = build_optimizer(loss, actor, **cfg.optim.adam())
     schedule = build_schedule(optimizer, -(-cfg.total_frames // frames), falling=cfg.optim.anneal_lr)
     apart: list[Iterable[nn.Parameter]] = []
     if cfg.critic_scored and cfg.optim.qvalue_grad_clip == "apart":
         apart = [loss.qvalue_network_params.parameters()]
-    stepper = FusedOptimizationStepper(
-        clip_apart=apart,
-        compile=bool(cfg.compile.enabled),
-        cudagraphs=cfg.compile.cudagraphs,
-        on_nonfinite=cfg.on_nonfinite,
-    )
+    stepper = FusedOptimizationStepper(clip_apart=apart, **cfg.stepping())
     trainer = build_on_policy_trainer(
         run_dir,
         collector=collector,
@@ -174,11 +154,8 @@ def train(cfg: PPOConfig, run_dir: Path) -> None:
         [agent],
         measure,
         about=f"{describe(cfg.env, cfg.policy, actor)}; {cfg.collector.described()}",
-        updates=cfg.updates,
         train_return=normalization.train_return,
-        evaluation=cfg.evaluation_options(),
-        logging=cfg.logger_options(),
-        checkpoints=cfg.checkpoint_options(),
+        **cfg.recording(),
         checkpoint=checkpoint_to_resume(cfg.resume),
         on_resume=lambda: rescale(schedule),
         begin=lambda: keep_config(cfg, run_dir),

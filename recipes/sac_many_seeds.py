@@ -88,14 +88,7 @@ def make_envs(cfg: ManySeedsConfig) -> EnvBase:
     number = cfg.collector.num_envs
     try_env(cfg.env, cfg.env_kwargs)
     if cfg.collector.backend != "serial":
-        return make_env(
-            cfg.env,
-            num_envs=number * cfg.num_seeds,
-            seed=cfg.seed,
-            env_kwargs=cfg.env_kwargs,
-            backend=cfg.collector.backend,
-            device=cfg.device,
-        )
+        return make_env(cfg.env, **cfg.environments(cfg.num_seeds))
     seeds = []
     for index in range(cfg.num_seeds):
         seed = cfg.seed + index
@@ -140,12 +133,9 @@ def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
         device=cfg.device,
     )
     targets = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
-    optimizer = build_optimizer(loss, lr=cfg.optim.lr, eps=cfg.optim.adam_eps, weight_decay=cfg.optim.weight_decay)
-    stepper = FusedOptimizationStepper(
-        targets, compile=bool(cfg.compile.enabled), cudagraphs=cfg.compile.cudagraphs, shape=(number,)
-    )
+    optimizer = build_optimizer(loss, **cfg.optim.adam())
+    stepper = FusedOptimizationStepper(targets, **cfg.stepping(), shape=(number,))
     # the trainer counts the frames of all agents
-    checkpoints = cfg.checkpoint_options(agents=number)
     trainer = build_trainer(
         run_dir,
         collector=collector,
@@ -153,7 +143,7 @@ def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
         loss=loss,
         optimizer=optimizer,
         stepper=stepper,
-        checkpoints=checkpoints,
+        checkpoints=cfg.checkpoint_options(number),
         seed=cfg.seed,
         optim_steps_per_batch=max(1, round(cfg.optim.utd_ratio * cfg.frames_per_batch)),
         replay_buffer=buffer,
@@ -185,11 +175,8 @@ def train(cfg: ManySeedsConfig, run_dir: Path) -> None:
         agents,
         measure,
         about=about(cfg, *built[0], where=f"{number} seeds at once, {cfg.collector.described()} each"),
-        updates=cfg.updates,
         train_return=returns.mean,
-        evaluation=cfg.evaluation_options(),
-        logging=cfg.logger_options(),
-        checkpoints=checkpoints,
+        **cfg.recording(number),
         checkpoint=checkpoint_to_resume(cfg.resume, NEEDED_TO_RESUME),
         # an evaluation that was given up has measured already, and does not write them back
         on_resume=loss.write_back,

@@ -91,14 +91,7 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
     """
     if env is None:
         try_env(cfg.env, cfg.env_kwargs)
-        env = make_env(
-            cfg.env,
-            num_envs=cfg.collector.num_envs,
-            seed=cfg.seed,
-            env_kwargs=cfg.env_kwargs,
-            backend=cfg.collector.backend,
-            device=cfg.device,
-        )
+        env = make_env(cfg.env, **cfg.environments())
     seed_everything(cfg.seed)
     actor, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
     explorer, evaluated = explorer_and_evaluated(cfg, actor, loss)
@@ -121,17 +114,8 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
     seed_everything(cfg.seed)
 
     targets = SoftUpdate(loss, eps=cfg.optim.target_update_polyak)
-    optimizer = build_optimizer(
-        loss,
-        lr=cfg.optim.lr,
-        eps=cfg.optim.adam_eps,
-        weight_decay=cfg.optim.weight_decay,
-        router=list(actor.router_parameters()) if cfg.optim.router_lr else [],
-        router_lr=cfg.optim.router_lr,
-    )
-    stepper = FusedOptimizationStepper(
-        targets, compile=bool(cfg.compile.enabled), cudagraphs=cfg.compile.cudagraphs, on_nonfinite=cfg.on_nonfinite
-    )
+    optimizer = build_optimizer(loss, actor, **cfg.optim.adam())
+    stepper = FusedOptimizationStepper(targets, **cfg.stepping())
     trainer = build_trainer(
         run_dir,
         collector=collector,
@@ -163,11 +147,8 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
         [as_agent(cfg, run_dir, cfg.seed, actor, loss, evaluated)],
         measure,
         about=about(cfg, actor, loss),
-        updates=cfg.updates,
         train_return=returns.mean,
-        evaluation=cfg.evaluation_options(),
-        logging=cfg.logger_options(),
-        checkpoints=cfg.checkpoint_options(),
+        **cfg.recording(),
         checkpoint=checkpoint_to_resume(cfg.resume, off_policy.NEEDED_TO_RESUME),
         begin=lambda: keep_config(cfg, run_dir),
         only_if_unfinished=only_if_unfinished,

@@ -38,9 +38,9 @@ FRAMES = {"sac": 100_000, "ppo": 500_000}
 INTERVAL = {"sac": 10_000, "ppo": 25_000}
 OURS, THEIRS = "torchrl_pmoe", "Stable-Baselines3"
 COLORS = {OURS: "#D55E00", THEIRS: "#0072B2"}
-COLUMNS = ["algorithm", "settings", "env", "library", "seed", "frames", "return_mean", "return_std"]
+COLUMNS = ["algorithm", "settings", "env", "trained_by", "seed", "frames", "return_mean", "return_std"]
 
-PUBLISHED_SAC = {"learning_rate": 1e-3, "random_frames": 5000}
+PUBLISHED_SAC: dict[str, Any] = {"learning_rate": 1e-3, "random_frames": 5000}
 """Where the published runs differ from the recipe.
 
 SimbaV2's file of results has an evaluation every 16,666 frames, 1/300 of 5,000,000: the interval of ``train.py`` in
@@ -55,12 +55,12 @@ class Cell:
     algorithm: str
     settings: str
     env: str
-    library: str
+    trained_by: str
     seed: int
 
     def directory(self, work: Path) -> Path:
         """Where it leaves its files."""
-        return work / f"{self.algorithm}-{self.settings}-{self.env}-{self.library}-seed{self.seed}"
+        return work / f"{self.algorithm}-{self.settings}-{self.env}-{self.trained_by}-seed{self.seed}"
 
     def evaluations(self, work: Path) -> pd.DataFrame | None:
         """What has been evaluated so far, or nothing."""
@@ -78,7 +78,7 @@ class Cell:
     def command(self, work: Path) -> list[str]:
         """What trains it, or goes on with it."""
         run = self.directory(work)
-        if self.library == THEIRS:
+        if self.trained_by == THEIRS:
             return [sys.executable, __file__, "--work", str(work), "--train", *map(str, astuple(self))]
         recipe = [sys.executable, str(RECIPES / f"{self.algorithm}_pmoe.py")]
         if any((run / "checkpoints").glob("checkpoint-*")):
@@ -108,7 +108,7 @@ class Cell:
         """Train in a process of its own, its output in ``output.log``; its exit status."""
         run = self.directory(work)
         run.parent.mkdir(parents=True, exist_ok=True)
-        if self.library == OURS and not any((run / "checkpoints").glob("checkpoint-*")):
+        if self.trained_by == OURS and not any((run / "checkpoints").glob("checkpoint-*")):
             # a new run does not begin in what another has left
             shutil.rmtree(run, ignore_errors=True)
         with run.with_suffix(".log").open("a") as log:
@@ -131,7 +131,7 @@ def collect(args: argparse.Namespace) -> pd.DataFrame:
         found.append(pd.read_csv(args.output))
     data = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS)
     data = data.drop_duplicates([*(f.name for f in fields(Cell)), "frames"]).sort_values(
-        ["algorithm", "settings", "env", "library", "seed", "frames"]
+        ["algorithm", "settings", "env", "trained_by", "seed", "frames"]
     )
     data.to_csv(args.output, index=False, lineterminator="\n")
     return data
@@ -157,7 +157,7 @@ def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
                 linewidth=0, label=f"{source}, {seeds} seeds, ± std",
             )  # fmt: skip
             ax.plot(stats.index, stats["mean"], color="#666666", linestyle="--", linewidth=1)
-        for library, runs in here.groupby("library", sort=False):
+        for library, runs in here.groupby("trained_by", sort=False):
             for _, run in runs.groupby("seed"):
                 ax.plot(run["frames"], run["return_mean"], color=COLORS[library], alpha=0.4, linewidth=0.9)
             mean = runs.groupby("frames")["return_mean"].mean()
@@ -189,7 +189,7 @@ def table(data: pd.DataFrame, published: pd.DataFrame) -> str:
 
     for place, here in data.groupby(["algorithm", "settings", "env"], sort=False):
         algorithm, _, env = place
-        for library, runs in here.groupby("library", sort=False):
+        for library, runs in here.groupby("trained_by", sort=False):
             last = runs[runs["frames"] == runs["frames"].max()]
             lines.append(line(place, int(last["frames"].iloc[0]), str(library), list(last["return_mean"])))
         band = published[(published["algorithm"] == algorithm) & (published["env"] == env)]
@@ -217,8 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.work = args.work.absolute()
     if args.train is not None:
-        *place, seed = args.train
-        cell = Cell(*place, int(seed))
+        algorithm, settings, env, library, seed = args.train
+        cell = Cell(algorithm, settings, env, library, int(seed))
         learn(cell, cell.directory(args.work))
         return
     if args.show and not args.output.is_file():

@@ -50,6 +50,6 @@ def resolve(config: DACConfig) -> None:
     Raises:
         UsageError: in one line, for the first key that cannot stay.
     """
-    shared.refuse_machine(config)
+    shared.fit_to_machine(config)
     refuse_batches(config)
     choose_compile(config.compile, config.updates)

@@ -6,28 +6,21 @@ import math
 from typing import Annotated, Any, Literal
 
 from parts.networks import UNIMODAL, ActorOptions
-from parts.resume import metadata
-from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, choose_compile
+from parts.training import choose_compile
 from pydantic import Field
 from torchrl.data import TensorSpec
 
 from config import shared
 from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
 from config.typed import (
-    Device,
     Flag,
-    Kwargs,
     Number,
-    RunPath,
     Size,
-    Text,
     Widths,
     config_class,
     field,
     group,
-    hparams,
     register,
-    to_dict,
 )
 
 
@@ -109,42 +102,19 @@ class ExpertLoss(Loss):
 
 
 @config_class
-class OnPolicyConfig:
+class OnPolicyConfig(shared.Run):
     """The keys of PPO that do not speak of experts."""
 
-    env: Text = field("Walker2d-v4", "any Gymnasium id with a vector of observations and a bounded Box of actions")
-    env_kwargs: Kwargs = field({}, "of the environment: +env_kwargs.NAME=VALUE")
-    seed: shared.Seed = field(0)
-    total_frames: Frames = field(1_000_000, "whole batches of collector.frames_per_batch, rounded up")
     actions: Literal["unbounded", "bounded"] = field(
         "unbounded", "unbounded: Gaussians, clipped into [-1, 1]; bounded: behind a tanh"
     )
-    device: Device = field(None, "null: cuda where there is one, else cpu")
-    resume: RunPath = field(None, "an earlier run, to go on from its last checkpoint, or one of its checkpoints")
-    on_nonfinite: Literal["stop", "skip"] = field("stop", "an update in which a number is NaN or infinite")
     network: Network = group(Network)
     optim: Optim = group(Optim)
-    compile: shared.Compile = group(shared.Compile)
     collector: Collector = group(Collector)
     normalization: Normalization = group(Normalization)
     loss: Loss = group(Loss)
     logger: shared.Logger = group(shared.Logger, eval_interval=50_000)
     checkpoint: shared.Checkpoint = group(shared.Checkpoint, interval=50_000)
-
-    def evaluation_options(self) -> EvaluationOptions:
-        """How policies are evaluated."""
-        log = self.logger
-        return EvaluationOptions(
-            self.env, self.env_kwargs, log.eval_interval, log.eval_episodes, log.eval_max_steps, self.device
-        )
-
-    def logger_options(self) -> LoggerOptions:
-        """Where the run is recorded."""
-        return LoggerOptions(self.logger.backend, self.logger.project_name, hparams(self), self.logger.progress_bar)
-
-    def checkpoint_options(self) -> CheckpointOptions:
-        """Checkpoints of the run."""
-        return CheckpointOptions(self.checkpoint.interval, self.checkpoint.keep, metadata(to_dict(self)))
 
     def loss_kwargs(self) -> dict[str, Any]:
         """What is told to TorchRL's ``ClipPPOLoss``."""
@@ -250,7 +220,7 @@ def resolve(config: PPOConfig) -> None:
     Raises:
         UsageError: in one line, for the first key that cannot stay.
     """
-    shared.refuse_machine(config)
+    shared.fit_to_machine(config)
     refuse(
         config,
         {"actions": (config.preset == "paper" and config.actions != "unbounded", "unbounded with preset=paper")},

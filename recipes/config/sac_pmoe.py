@@ -8,21 +8,17 @@ from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
 from parts.networks import UNIMODAL, ActorOptions
-from parts.resume import metadata
-from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, choose_compile
+from parts.training import choose_compile
 from pydantic import Field
 from torchrl.data import TensorSpec
 
 from config import shared
-from config.shared import Activation, Experts, Frames, PolicyName, Positive, refuse
+from config.shared import Activation, Experts, PolicyName, Positive, refuse
 from config.typed import (
     Allowed,
-    Device,
     Flag,
     Integer,
-    Kwargs,
     Number,
-    RunPath,
     Size,
     Text,
     Widths,
@@ -30,9 +26,7 @@ from config.typed import (
     field,
     get,
     group,
-    hparams,
     register,
-    to_dict,
 )
 
 
@@ -103,19 +97,19 @@ class Checkpoint(shared.Checkpoint):
 
     replay_buffer: Flag = field(True, "what is new since the last one; false: a run cannot go on")
 
+    def unsaved(self) -> frozenset[str]:
+        """The components that a checkpoint leaves out."""
+        return frozenset() if self.replay_buffer else frozenset({"replay_buffer"})
+
 
 @config_class
-class SACConfig:
+class SACConfig(shared.Run):
     """Every key of ``recipes/sac_pmoe.py``."""
 
     recipe: Literal["sac_pmoe"] = field("sac_pmoe", "tells what a run is a run of")
-    env: Text = field("Walker2d-v4", "any Gymnasium id with a vector of observations and a bounded Box of actions")
-    env_kwargs: Kwargs = field({}, "of the environment: +env_kwargs.NAME=VALUE")
-    seed: shared.Seed = field(0)
     num_seeds: Annotated[
         Literal[1], Allowed("1; python recipes/sac_many_seeds.py num_seeds=N trains several agents at once")
     ] = field(1, "sac_many_seeds.py trains several at once")
-    total_frames: Frames = field(1_000_000, "whole batches of collector.frames_per_batch, rounded up")
     num_experts: Experts | None = field(None, "null: the paper's number for its MuJoCo tasks, 4 elsewhere")
     policy: PolicyName = field("pmoe", "gaussian: TorchRL's own TanhNormal, the control")
     blend: Literal["parameters", "actions"] = field("parameters", "policy=gating: what is blended")
@@ -135,12 +129,8 @@ class SACConfig:
     acting: Literal["policy", "best_of_experts"] | None = field(
         None, "best_of_experts: the proposal that the critics rank highest"
     )
-    device: Device = field(None, "null: cuda where there is one, else cpu")
-    resume: RunPath = field(None, "an earlier run, to go on from its last checkpoint, or one of its checkpoints")
-    on_nonfinite: Literal["stop", "skip"] = field("stop", "an update in which a number is NaN or infinite")
     network: Network = group(Network)
     optim: Optim = group(Optim)
-    compile: shared.Compile = group(shared.Compile)
     collector: Collector = group(Collector)
     replay_buffer: ReplayBuffer = group(ReplayBuffer)
     loss: Loss = group(Loss)
@@ -207,22 +197,6 @@ class SACConfig:
             **{name: getattr(self.loss, name) for name in names},
         }
 
-    def evaluation_options(self) -> EvaluationOptions:
-        """How policies are evaluated."""
-        log = self.logger
-        return EvaluationOptions(
-            self.env, self.env_kwargs, log.eval_interval, log.eval_episodes, log.eval_max_steps, self.device
-        )
-
-    def logger_options(self) -> LoggerOptions:
-        """Where the run is recorded."""
-        return LoggerOptions(self.logger.backend, self.logger.project_name, hparams(self), self.logger.progress_bar)
-
-    def checkpoint_options(self, agents: int = 1) -> CheckpointOptions:
-        """Checkpoints of a run of some agents, whose frames are all counted."""
-        kept, unsaved = self.checkpoint, frozenset() if self.checkpoint.replay_buffer else frozenset({"replay_buffer"})
-        return CheckpointOptions(kept.interval * agents, kept.keep, metadata(to_dict(self)), unsaved)
-
 
 ABOUT = "Soft Actor-Critic with a mixture-of-experts policy."
 EXAMPLES = (
@@ -274,7 +248,7 @@ def resolve(config: SACConfig) -> None:
     Raises:
         UsageError: in one line, for the first key that cannot stay.
     """
-    shared.refuse_machine(config)
+    shared.fit_to_machine(config)
     # a preset refuses by itself what contradicts it
     alone = config.policy in UNIMODAL or config.preset is not None
     fills: Mapping[str, Any] = DEFAULTS if alone else partners(config)

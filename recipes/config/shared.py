@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
 from parts.networks import ACTIVATIONS, POLICIES, UNIMODAL
+from parts.resume import metadata
+from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions
 from pydantic import AfterValidator, Field
 
-from config.typed import Allowed, Flag, Integer, Number, Size, Text, config_class, field, get, set_
+from config.typed import (
+    Allowed,
+    Device,
+    Flag,
+    Integer,
+    Kwargs,
+    Number,
+    RunPath,
+    Text,
+    config_class,
+    field,
+    get,
+    group,
+    hparams,
+    set_,
+    to_dict,
+)
 from torchrl_pmoe.envs.making import Backend, full_id, unavailable
 
 
@@ -71,6 +90,10 @@ class Checkpoint:
     interval: Frames = field(20_000, "frames between two checkpoints")
     keep: Frames = field(2, "the newest ones")
 
+    def unsaved(self) -> frozenset[str]:
+        """The components that a checkpoint leaves out."""
+        return frozenset()
+
 
 @config_class
 class Collector:
@@ -95,6 +118,81 @@ class Optim:
     gamma: Annotated[Number, Field(ge=0, le=1)] = field(0.99, "discount")
     num_threads: Threads | None = field(None, "null: PyTorch's own choice")
 
+    def adam(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`parts.training.build_optimizer`."""
+        return {
+            "lr": self.lr,
+            "router_lr": self.router_lr,
+            "weight_decay": self.weight_decay,
+            "eps": self.adam_eps,
+        }
+
+
+@config_class
+class Run:
+    """The keys of every recipe, and what the recipes make of them."""
+
+    env: Text = field("Walker2d-v4", "any Gymnasium id with a vector of observations and a bounded Box of actions")
+    env_kwargs: Kwargs = field({}, "of the environment: +env_kwargs.NAME=VALUE")
+    seed: Seed = field(0)
+    total_frames: Frames = field(1_000_000, "whole batches of collector.frames_per_batch, rounded up")
+    device: Device = field(None, "null: cuda where there is one, else cpu")
+    resume: RunPath = field(None, "an earlier run, to go on from its last checkpoint, or one of its checkpoints")
+    on_nonfinite: Literal["stop", "skip"] = field("stop", "an update in which a number is NaN or infinite")
+    optim: Optim = group(Optim)
+    compile: Compile = group(Compile)
+    collector: Collector = group(Collector)
+    logger: Logger = group(Logger)
+    checkpoint: Checkpoint = group(Checkpoint)
+
+    @property
+    def updates(self) -> float:
+        """How many updates a run makes."""
+        raise NotImplementedError
+
+    def environments(self, agents: int = 1) -> dict[str, Any]:
+        """Keyword arguments of :func:`torchrl_pmoe.envs.make_env`, for the environments of some agents."""
+        return {
+            "num_envs": self.collector.num_envs * agents,
+            "seed": self.seed,
+            "env_kwargs": self.env_kwargs,
+            "backend": self.collector.backend,
+            "device": self.device,
+        }
+
+    def stepping(self) -> dict[str, Any]:
+        """Keyword arguments of :class:`torchrl_pmoe.trainers.FusedOptimizationStepper`."""
+        return {
+            "compile": bool(self.compile.enabled),
+            "cudagraphs": self.compile.cudagraphs,
+            "on_nonfinite": self.on_nonfinite,
+        }
+
+    def recording(self, agents: int = 1) -> dict[str, Any]:
+        """Keyword arguments of :func:`parts.training.train_and_record`, for a run of some agents."""
+        return {
+            "updates": self.updates,
+            "evaluation": self.evaluation_options(),
+            "logging": self.logger_options(),
+            "checkpoints": self.checkpoint_options(agents),
+        }
+
+    def evaluation_options(self) -> EvaluationOptions:
+        """How policies are evaluated."""
+        log = self.logger
+        return EvaluationOptions(
+            self.env, self.env_kwargs, log.eval_interval, log.eval_episodes, log.eval_max_steps, self.device
+        )
+
+    def logger_options(self) -> LoggerOptions:
+        """Where the run is recorded."""
+        return LoggerOptions(self.logger.backend, self.logger.project_name, hparams(self), self.logger.progress_bar)
+
+    def checkpoint_options(self, agents: int = 1) -> CheckpointOptions:
+        """Checkpoints of a run of some agents, whose frames are all counted."""
+        kept = self.checkpoint
+        return CheckpointOptions(kept.interval * agents, kept.keep, metadata(to_dict(self)), kept.unsaved())
+
 
 # ----------------------------------------------------------------------------------------- rules over several keys
 
@@ -115,13 +213,12 @@ def refuse(config: Any, refused: dict[str, tuple[bool, str]]) -> None:
             raise UsageError(f"{key}={'null' if value is None else value}: must be {must}")
 
 
-def refuse_machine(config: Any) -> None:
-    """Refuse what this machine does not have: packages of loggers and backends, a GPU for CUDA graphs.
+def fit_to_machine(config: Any) -> None:
+    """Take the newest version of an ``env`` without one, and refuse what this machine does not have.
 
-    An ``env`` without a version becomes the newest one.
+    Raises:
+        UsageError: for a logger or a backend whose package is missing, and for CUDA graphs without a GPU.
     """
-    from importlib.util import find_spec
-
     # a run keeps the version that it took
     config.env = full_id(config.env)
     backend = config.logger.backend
@@ -198,10 +295,10 @@ __all__ = [
     "Optim",
     "PolicyName",
     "Positive",
+    "Run",
     "Seed",
-    "Size",
     "fill",
     "fill_num_experts",
+    "fit_to_machine",
     "refuse",
-    "refuse_machine",
 ]

@@ -105,17 +105,16 @@ def config_class(cls: type) -> Any:
     return pydantic_dataclass(config=config, kw_only=True)(cls)
 
 
-def field(default: Any, help: str = "", **bounds: Any) -> Any:
+def field(default: Any, help: str = "") -> Any:
     """A key of a config.
 
     Args:
         default: its value where nothing is given; a mutable one is copied for each config.
         help: one line on what it does.
-        **bounds: ``gt``, ``ge``, ``lt`` or ``le``.
     """
     if isinstance(default, list | dict):
-        return Field(default_factory=lambda: type(default)(default), description=help, **bounds)
-    return Field(default, description=help, **bounds)
+        return Field(default_factory=lambda: type(default)(default), description=help)
+    return Field(default, description=help)
 
 
 def group(cls: type, **defaults: Any) -> Any:
@@ -221,7 +220,8 @@ def help_text(cls: Any, about: str, *examples: str) -> str:
     lines = [about, *(f"  {example}" for example in examples), ""]
     top = ""
     defaults = to_dict(cls())
-    for key, info in described_keys(cls).items():
+    # a group's keys come after those that are in none
+    for key, info in sorted(described_keys(cls).items(), key=lambda item: "." in item[0]):
         if (head := key.rpartition(".")[0]) != top:
             lines += ["", f"{head}:"]
             top = head

@@ -6,6 +6,7 @@ recommend, on SciPy; the seed is the unit of the bootstrap.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,28 @@ class Estimate(NamedTuple):
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def _interquartile_mean(samples: NDArray[np.float64], axis: int = 0) -> NDArray[np.float64]:
+def _bootstrapped(
+    samples: Sequence[ArrayLike], statistic: Callable[..., NDArray[np.float64]], seed: int, axis: int
+) -> Estimate:
+    """A statistic of some samples, with its 95 % percentile-bootstrap interval; nan where one has no second value."""
+    arrays = [np.asarray(one, dtype=np.float64) for one in samples]
+    value = np.asarray(statistic(*arrays, axis=axis))
+    if min(one.shape[axis] for one in arrays) < 2:
+        return Estimate(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
+    found = stats.bootstrap(
+        arrays,
+        statistic,
+        axis=axis,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, np.asarray(found.low), np.asarray(found.high))
+
+
+def _middle_half(samples: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     return stats.trim_mean(samples, 0.25, axis=axis)
 
 
@@ -41,20 +63,7 @@ def interquartile_mean(samples: ArrayLike, seed: int = 0) -> Estimate:
     Returns:
         Arrays ``[...]``; one seed alone has no interval (nan).
     """
-    samples = np.asarray(samples, dtype=np.float64)
-    value = _interquartile_mean(samples)
-    if len(samples) < 2:
-        return Estimate(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
-    found = stats.bootstrap(
-        (samples,),
-        _interquartile_mean,
-        axis=0,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, found.low, found.high)
+    return _bootstrapped([samples], _middle_half, seed, axis=0)
 
 
 def mean_interval(samples: ArrayLike, seed: int = 0) -> Estimate:
@@ -67,20 +76,7 @@ def mean_interval(samples: ArrayLike, seed: int = 0) -> Estimate:
     Returns:
         Arrays ``[...]``; one seed alone has no interval (nan).
     """
-    samples = np.asarray(samples, dtype=np.float64)
-    value = samples.mean(0)
-    if len(samples) < 2:
-        return Estimate(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
-    found = stats.bootstrap(
-        (samples,),
-        np.mean,
-        axis=0,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, found.low, found.high)
+    return _bootstrapped([samples], np.mean, seed, axis=0)
 
 
 def _improvement(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
@@ -96,17 +92,4 @@ def probability_of_improvement(x: ArrayLike, y: ArrayLike, seed: int = 0) -> Est
         y: one value per seed of the other.
         seed: of the bootstrap.
     """
-    pair = (np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64))
-    value = _improvement(*pair)
-    if min(map(len, pair)) < 2:
-        return Estimate(value, np.array(np.nan), np.array(np.nan))
-    found = stats.bootstrap(
-        pair,
-        _improvement,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, np.asarray(found.low), np.asarray(found.high))
+    return _bootstrapped([x, y], _improvement, seed, axis=-1)

@@ -117,6 +117,10 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     del kind, trace
+    if isinstance(error, BrokenPipeError):
+        # whoever reads the output has had enough (--help | head); the interpreter would complain at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return
     line = _renderer_at_fault(error) or _place_at_fault(error) or f"{describe(error)}; {keep_traceback(error)}"
     complain(f"error: {line}")
 

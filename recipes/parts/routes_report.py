@@ -19,7 +19,6 @@ from torchrl_pmoe.envs import TargetReachingTask
 from torchrl_pmoe.envs.target_reaching.routes import effective_routes, erase_loops, h_signature, routes
 
 KINDS = ("stochastic", "deterministic", "drawn")
-ENTROPY_STEPS = 15  # where the route is chosen; later on an agent waits before the target or has reached it
 CELLS = 20  # the plane is divided into this many squares a side
 LABELS = {
     "gaussian": "SAC (Gaussian)",

@@ -1,17 +1,12 @@
-"""What happens around a training, whatever is trained: optimiser, collector, trainer, records, signals."""
+"""What happens around a training, whatever is trained: optimiser, collector, trainer, records."""
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import shlex
-import signal
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +29,14 @@ from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
 from parts import process
-from parts.errors import Interrupted, RunError, UsageError, cause
+from parts.endings import run_to_the_end
+from parts.errors import UsageError
 from parts.figures import draw_learning_curve
-from parts.resume import command_to_resume, does_not_fit, from_here, how_to_resume, interpreter
+from parts.resume import command_to_resume, does_not_fit, from_here, interpreter
+from torchrl_pmoe.baselines import OptionActor
 from torchrl_pmoe.envs import NormalizeObservationAndReward
-from torchrl_pmoe.envs.making import worker_fault
+from torchrl_pmoe.modules.actors import ExpertsActor
 from torchrl_pmoe.runs import (
-    CheckpointLog,
     EpisodeState,
     Evaluator,
     MetricsFile,
@@ -59,7 +55,6 @@ from torchrl_pmoe.trainers import (
     FiniteBatch,
     FiniteLoss,
     FusedOptimizationStepper,
-    NonFiniteError,
     PeriodicEvaluation,
     ProgressBar,
 )
@@ -67,7 +62,6 @@ from torchrl_pmoe.trainers import (
 # updates that win back the time of compiling them, with much to spare
 WORTH_COMPILING = 50_000
 NO_COMPILER = "there is no C++ compiler: g++, clang++ on macOS, or what CXX names"
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 # ------------------------------------------------------------------------------------------------ process
@@ -134,18 +128,19 @@ def announce(about: str, updates: float, *, compiled: bool) -> None:
 
 def build_optimizer(
     loss: LossModule,
+    actor: ExpertsActor | OptionActor | None = None,
     *,
     lr: float,
     eps: float,
     weight_decay: float = 0.0,
-    router: Sequence[torch.nn.Parameter] = (),
     router_lr: float | None = None,
 ) -> torch.optim.Optimizer:
-    """One Adam for everything that the loss trains; the router of an actor may have a rate of its own."""
+    """One Adam for everything that the loss trains; with ``router_lr`` the actor's router has a rate of its own."""
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if router_lr is not None:
-        apart = {id(parameter) for parameter in router}
+        assert actor is not None
+        apart = {id(parameter) for parameter in actor.router_parameters()}
         groups = [
             {"params": [p for p in parameters if id(p) not in apart]},
             {"params": [p for p in parameters if id(p) in apart], "lr": router_lr},
@@ -263,7 +258,7 @@ def watch_experts(trainer: Trainer, actor: ProbabilisticActor, states: Callable[
     ExpertCollapse(
         usage,
         advice="a smaller optim.router_lr slows that, routing=soft_frequency keeps several experts, "
-        "and routing=none tells whether they are needed (docs: when experts collapse)",
+        "and routing=none tells whether they are needed",
     ).register(trainer)
 
 
@@ -496,29 +491,28 @@ def train_and_record(
             run_to_the_end(trainer, run_dir, recorded, received, lambda: _draw(agents, metrics))
     if stepper.on_nonfinite == "skip":
         print(f"left out: {stepper.skipped} updates")
-    print(what_next(run_dir, [one.last for one in metrics]))
+    print(what_next(run_dir, agents, [one.last for one in metrics]))
 
 
-def what_next(run_dir: Path, last: Sequence[Mapping[str, float]]) -> str:
+def what_next(run_dir: Path, agents: Sequence[Agent], last: Sequence[Mapping[str, float]]) -> str:
     """The return at the end of a run, where its files are, and what to type to go on with them."""
     returns = [f"{row['return_mean']:,.1f} ± {row['return_std']:,.1f}" for row in last if "return_mean" in row]
     where = shlex.quote(from_here(run_dir))
     python, recipes = shlex.quote(interpreter()), Path(sys.argv[0]).parent
     scripts = {name: shlex.quote(str(recipes / f"{name}.py")) for name in ("evaluate", "plot")}
     # of several agents, one is enough to show how
-    agent = f" --agent {run_dir_agent}" if len(last) > 1 and (run_dir_agent := _first_agent(run_dir)) else ""
+    agent, files = "", "metrics.csv, learning_curve.png, checkpoints"
+    if len(agents) > 1:
+        agent = f" --agent {agents[0].seed}"
+        files = f"{from_here(agents[0].directory)}/metrics.csv and so on, checkpoints"
     lines = [
         f"return of the last evaluation (mean ± std over episodes): {', '.join(returns)}",
-        f"run directory: {from_here(run_dir)} (metrics.csv, learning_curve.png, checkpoints)",
+        f"run directory: {from_here(run_dir)} ({files})",
         f"evaluate and watch:  {python} {scripts['evaluate']} {where}{agent}",
         f"plot and compare:    {python} {scripts['plot']} {where}",
         f"go on for longer:    {command_to_resume(run_dir)} total_frames=...",
     ]
     return "\n".join(lines)
-
-
-def _first_agent(run_dir: Path) -> str | None:
-    return next((path.name.removeprefix("seed") for path in sorted(run_dir.glob("seed[0-9]*"))), None)
 
 
 def mean_columns(stepper: FusedOptimizationStepper, columns: Sequence[str]) -> dict[str, float]:
@@ -558,132 +552,6 @@ def _resume(
     if trainer.checkpoint.components["episodes"].fresh:
         line += "; this environment's state cannot be restored: new episodes begin"
     print(line)
-
-
-# ------------------------------------------------------------------------------------------------- endings
-
-
-@contextmanager
-def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
-    """Let the first signal end the training after its batch, with a checkpoint; another one acts at once.
-
-    Args:
-        trainer: to be stopped.
-        received: filled with the numbers of the signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in process.endings()}
-
-    def handle(number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        if name == "SIGHUP":
-            # a closed terminal sends it, and so does the shell that it ends: it is no second word
-            process.leave_terminal()
-        elif any(signal.Signals(other).name != "SIGHUP" for other in received):
-            usual = before[number]
-            if callable(usual):
-                usual(number, frame)
-            else:
-                # the system's own, where no recipe was started: in a user's script or another launcher's process
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-        received.append(number)
-        trainer.request_stop(name)
-        # the interpreter may be printing just now, and whoever reads that may have ended by the same signal
-        with suppress(OSError):
-            os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
-        trainer.optimization_stepper.stop_compiling()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
-
-
-def run_to_the_end(
-    trainer: Trainer, run_dir: Path, recorded: RecordedEvaluation, received: list[int], draw: Callable[[], None]
-) -> None:
-    """Train; whatever ends it, the picture is drawn.
-
-    Args:
-        trainer: with its hooks.
-        run_dir: of the run.
-        recorded: an evaluation that an earlier run gave up comes first.
-        received: filled with the numbers of the signals that end it.
-        draw: draws the picture.
-
-    Raises:
-        Interrupted: if a signal has ended it, after a checkpoint.
-        RunError: in one line, for any other end; the last checkpoint stays whole.
-    """
-    trainer.checkpoint.on_saved = log = CheckpointLog(run_dir)
-    # a collector that is shut down lets go of it, and its processes may have said what went wrong
-    env = trainer.collector.env
-    undrawn = None
-    with finish_on_signal(trainer, received):
-        try:
-            _train(trainer, recorded, received)
-        except Exception as error:
-            # a tensordict's context manager answers an interrupt with an error of its own
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise
-            with suppress(Exception):
-                # its processes, where the next job of a sweep has its own
-                trainer.collector.shutdown()
-            raise RunError(f"{what_ended(error, trainer, env, run_dir)}, {what_is_left(run_dir)}") from error
-        finally:
-            try:
-                draw()
-            # what ended the run is told, and a full disk has no room for a picture either
-            except Exception as error:
-                undrawn = error
-    print(log)
-    if undrawn is not None:
-        warnings.warn(f"there is no picture of the run ({process.describe(undrawn)})", stacklevel=1)
-    if received and (trainer.collected_frames < trainer.total_frames or recorded.given_up):
-        raise Interrupted(received[0], f"at frame {trainer.collected_frames:,}, with a checkpoint")
-
-
-def _train(trainer: Trainer, recorded: RecordedEvaluation, received: list[int]) -> None:
-    if recorded.given_up:
-        trainer._modules["periodic_evaluation"].now()
-    if trainer.collected_frames < trainer.total_frames and not received:
-        trainer.train()
-        return
-    if not recorded.given_up:
-        trainer.save_trainer(force_save=True)
-    trainer.collector.shutdown()
-
-
-def what_ended(error: Exception, trainer: Trainer, env: EnvBase, run_dir: Path) -> str:
-    """Why a training could not go on, in one line; the traceback of what nobody has foreseen is kept."""
-    if isinstance(error, NonFiniteError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        reason = f"a file could not be written: {error.strerror}"
-    elif isinstance(error, CheckpointError):
-        reason = str(error)
-    else:
-        if (fault := worker_fault(env)) is not None:
-            line, trace = fault
-            error.__cause__ = RuntimeError(f"in a process of its own:\n{trace}")
-        else:
-            line = cause(error)
-        reason = f"{line} ({process.keep_traceback(error, run_dir)})"
-    return f"frame {trainer.collected_frames}: {reason}; the run stops here"
-
-
-def what_is_left(run_dir: Path) -> str:
-    """The last checkpoint of a run, and how to go on from it."""
-    last = RunDirectory(run_dir).rotation().latest()
-    if last is None:
-        return "there is no checkpoint yet"
-    return f"{last.name} is whole; {how_to_resume(run_dir)}"
 
 
 __all__ = [

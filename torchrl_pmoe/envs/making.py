@@ -252,10 +252,8 @@ def _with_line(error: BaseException) -> str:
 
 def _why_not_made(name: Env, env_kwargs: Mapping[str, Any] | None, error: Exception) -> str:
     """Why there is no environment, in one line: its id, its arguments, or a fault of its own."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or library_of(name) is not None:
         return f"env={_shown(name)}: must be an environment that can be made; it raised {_with_line(error)}"
-    if library_of(name) is not None:
-        return f"env={name}: must be an environment that can be made; it raised {_with_line(error)}"
     id = name.rpartition(":")[2]
     if id not in gym.registry and not any(key.startswith(f"{id}-v") for key in gym.registry):
         return f"env={name}: must be the id of an installed Gymnasium environment ({_describe(error)})"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchrl.data import Composite, Unbounded
 from torchrl.envs.transforms import Transform
 
+from torchrl_pmoe.envs.returns import keep_latest
+
 __all__ = ["NormalizeObservationAndReward", "NormalizedPolicy", "RunningMoments", "normalize_observation"]
 
 EPSILON = 1e-8
@@ -84,7 +86,7 @@ class NormalizeObservationAndReward(Transform):
         self.normalizes_observation, self.normalizes_reward = observation, reward
         self.clip, self.gamma = clip, gamma
         self.returns = RunningMoments()
-        # one more place than episodes: what has not ended is written there, so that no shape depends on the data
+        # as keep_latest takes them
         self.register_buffer("_recent", torch.full((RECENT_EPISODES + 1,), math.nan, dtype=torch.float64))
         self.register_buffer("_ended", torch.zeros((), dtype=torch.int64))
         self._recent: Tensor
@@ -131,7 +133,9 @@ class NormalizeObservationAndReward(Transform):
             next_tensordict.get(key).squeeze(-1).double() for key in ("reward", "done", "terminated")
         )
         self._undiscounted = self._undiscounted + reward
-        self._keep_ended(self._undiscounted.reshape(-1), done.reshape(-1) > 0)
+        self._recent, self._ended = keep_latest(
+            self._recent, self._ended, self._undiscounted.reshape(-1), done.reshape(-1) > 0
+        )
         self._undiscounted = self._undiscounted * (1 - done)
         # as in Gymnasium, a truncated episode's return runs on into the next one
         self._discounted = self._discounted * self.gamma * (1 - terminated) + reward
@@ -140,15 +144,6 @@ class NormalizeObservationAndReward(Transform):
             scaled = (reward / (self.returns.var + EPSILON).sqrt()).clamp(-self.clip, self.clip)
             next_tensordict.set("reward", scaled.to(next_tensordict.get("reward").dtype).unsqueeze(-1))
         return self._observe(next_tensordict)
-
-    def _keep_ended(self, returns: Tensor, ended: Tensor) -> None:
-        """Write the returns ``[N]`` of the episodes that have ``ended`` ``[N]`` over the oldest ones."""
-        place = (self._ended + ended.cumsum(0) - 1) % RECENT_EPISODES
-        place = torch.where(ended, place, RECENT_EPISODES)
-        self._recent = self._recent.scatter(0, place, returns)
-        # the place of those that go on counts for nothing
-        self._recent[-1] = math.nan
-        self._ended = self._ended + ended.sum()
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         rows = tensordict.get("_reset", None)

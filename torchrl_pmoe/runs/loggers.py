@@ -12,6 +12,8 @@ from typing import Any
 
 from torchrl.record.loggers import Logger, get_logger
 
+from torchrl_pmoe.runs.files import replace_file
+
 __all__ = ["run_logger"]
 
 RECORD = "logger.json"
@@ -61,9 +63,7 @@ def run_logger(
         elif backend == "trackio":
             name = logger.experiment.name
         directory.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".partial")
-        part.write_text(json.dumps({**records, backend: {"name": name, "id": identity}}), encoding="utf-8")
-        part.replace(file)
+        replace_file(file, json.dumps({**records, backend: {"name": name, "id": identity}}))
         if begun is None or backend == "wandb":
             logger.log_hparams({key: _plain(value) for key, value in hparams.items()})
         yield logger

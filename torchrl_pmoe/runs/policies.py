@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.checkpoint import CheckpointError
 from torchrl.data import Bounded
+from torchrl.objectives import SACLoss
 
 from torchrl_pmoe.baselines import OptionActor
 from torchrl_pmoe.envs.action_units import RawActionPolicy
 from torchrl_pmoe.envs.normalization import NormalizedPolicy, NormalizeObservationAndReward, normalize_observation
 from torchrl_pmoe.modules.actors import BestOfExpertsActor, ExpertsActor
+from torchrl_pmoe.objectives import score_proposals
 from torchrl_pmoe.runs.acting import KINDS, CarriedOptionPolicy, Kind, WatchedPolicy, acting
 from torchrl_pmoe.runs.checkpoints import VerifiedCheckpoint
 from torchrl_pmoe.runs.directory import RunDirectory
@@ -324,7 +327,7 @@ def load_policy(
     elif kind not in KINDS:
         raise ValueError(f"act={kind!r}: must be one of {', '.join(KINDS)} or the number of an expert")
     elif state.get("critic") is not None:
-        policy = BestOfExpertsActor(made, _critics(state, device))
+        policy = BestOfExpertsActor(made, _critics(state, made, device))
     watched = WatchedPolicy(acting(policy, kind))
     in_unit_box: TensorDictModuleBase = CarriedOptionPolicy(watched) if isinstance(made, OptionActor) else watched
     if (norm := state.get("normalization")) is not None:
@@ -356,22 +359,16 @@ def _make(blueprint: str | None, device: torch.device | str, actor: TensorDictMo
         return _decode(json.loads(blueprint), device)
 
 
-def _critics(state: Mapping[str, Any], device: torch.device | str) -> Callable[[TensorDictBase, Tensor], Tensor]:
-    """The lowest critic's value of proposals ``[*B, K, A]``, ``[*B, K]``."""
+def _critics(
+    state: Mapping[str, Any], actor: TensorDictModuleBase, device: torch.device | str
+) -> Callable[[TensorDictBase, Tensor], Tensor]:
+    """The critics' value of proposals ``[*B, K, A]``, ``[*B, K]``: the one that the agent was trained with."""
     critic = _make(state["critic"], device, None)
-    stacked = TensorDict(state["critic_params"]).to(device)
-    number = len(next(iter(stacked.values())))
-    params = [
-        TensorDict({key: value[index] for key, value in stacked.items()}).unflatten_keys(".") for index in range(number)
-    ]
-
-    def lowest(states: TensorDictBase, proposals: Tensor) -> Tensor:
-        action = proposals.movedim(-2, 0)  # [K, *B, A]
-        observation = states.get("observation").expand(*action.shape[:-1], -1)
-        values = []
-        for one in params:
-            with one.to_module(critic, preserve_module_state=False):
-                values.append(critic(observation, action).squeeze(-1))
-        return torch.stack(values).amin(0).movedim(0, -1)  # [K, *B] -> [*B, K]
-
-    return lowest
+    params = TensorDict(state["critic_params"]).to(device)
+    number = len(next(iter(params.values())))
+    place = torch.device(device)
+    # the loss draws weights for its critics, which are thrown away
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        loss = SACLoss(actor, critic, num_qvalue_nets=number)
+    loss.qvalue_network_params.data.update_(params.unflatten_keys("."))
+    return partial(score_proposals, loss)

@@ -16,6 +16,8 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import ReplayBufferTrainer, TrainerHookBase
 from tqdm import tqdm
 
+from torchrl_pmoe.envs.returns import keep_latest
+
 __all__ = ["EpisodeReturns", "ExpertCollapse", "FlatReplay", "PeriodicEvaluation", "ProgressBar"]
 
 
@@ -142,14 +144,10 @@ class EpisodeReturns(_StatelessHook):
         before = torch.cat([end.new_full((len(end), 1), -1), end[:, :-1]], -1)
         returns = total - _total_at(total, before)
         self._running = total[:, -1] - _total_at(total, end)[:, -1]
-        # in the order of time; what has not ended goes to one more place, which is not read
+        # [N, T] -> [T * N], in the order of time
         ended, returns = done.t().reshape(-1), returns.t().reshape(-1)
-        count = self._ended.to(done.device) + ended.cumsum(0)
-        # of more episodes than there are places, the last ones stay
-        kept = ended & (count > count[-1] - self.recent)
-        place = torch.where(kept, (count - 1) % self.recent, self.recent)
-        self._returns = self._returns.to(returns.device).scatter(0, place, returns)
-        self._ended = count[-1]
+        kept, count = self._returns.to(returns.device), self._ended.to(returns.device)
+        self._returns, self._ended = keep_latest(kept, count, returns, ended)
 
     def mean(self) -> float:
         """Mean over the episodes that are kept; nan before the first has ended."""

@@ -1,0 +1,151 @@
+"""How a training ends: at its last frame, by a signal, or by what nobody has foreseen."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torchrl.checkpoint import CheckpointError
+from torchrl.envs import EnvBase
+from torchrl.trainers import Trainer
+
+from parts import process
+from parts.errors import Interrupted, RunError, cause
+from parts.resume import how_to_resume
+from torchrl_pmoe.envs.making import worker_fault
+from torchrl_pmoe.runs import CheckpointLog, RecordedEvaluation, RunDirectory
+from torchrl_pmoe.trainers import NonFiniteError
+
+__all__ = ["run_to_the_end"]
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+@contextmanager
+def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
+    """Let the first signal end the training after its batch, with a checkpoint; another one acts at once.
+
+    Args:
+        trainer: to be stopped.
+        received: filled with the numbers of the signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in process.endings()}
+
+    def handle(number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGHUP":
+            # a closed terminal sends it, and so does the shell that it ends: it is no second word
+            process.leave_terminal()
+        elif any(signal.Signals(other).name != "SIGHUP" for other in received):
+            usual = before[number]
+            if callable(usual):
+                usual(number, frame)
+            else:
+                # the system's own, where no recipe was started: in a user's script or another launcher's process
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+        received.append(number)
+        trainer.request_stop(name)
+        # the interpreter may be printing just now, and whoever reads that may have ended by the same signal
+        with suppress(OSError):
+            os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
+        trainer.optimization_stepper.stop_compiling()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
+
+
+def run_to_the_end(
+    trainer: Trainer, run_dir: Path, recorded: RecordedEvaluation, received: list[int], draw: Callable[[], None]
+) -> None:
+    """Train; whatever ends it, the picture is drawn.
+
+    Args:
+        trainer: with its hooks.
+        run_dir: of the run.
+        recorded: an evaluation that an earlier run gave up comes first.
+        received: filled with the numbers of the signals that end it.
+        draw: draws the picture.
+
+    Raises:
+        Interrupted: if a signal has ended it, after a checkpoint.
+        RunError: in one line, for any other end; the last checkpoint stays whole.
+    """
+    trainer.checkpoint.on_saved = log = CheckpointLog(run_dir)
+    # a collector that is shut down lets go of it, and its processes may have said what went wrong
+    env = trainer.collector.env
+    undrawn = None
+    with finish_on_signal(trainer, received):
+        try:
+            _train(trainer, recorded, received)
+        except Exception as error:
+            # a tensordict's context manager answers an interrupt with an error of its own
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            with suppress(Exception):
+                # its processes, where the next job of a sweep has its own
+                trainer.collector.shutdown()
+            raise RunError(f"{what_ended(error, trainer, env, run_dir)}, {what_is_left(run_dir)}") from error
+        finally:
+            try:
+                draw()
+            # what ended the run is told, and a full disk has no room for a picture either
+            except Exception as error:
+                undrawn = error
+    print(log)
+    if undrawn is not None:
+        warnings.warn(f"there is no picture of the run ({process.describe(undrawn)})", stacklevel=1)
+    if received and (trainer.collected_frames < trainer.total_frames or recorded.given_up):
+        raise Interrupted(received[0], f"at frame {trainer.collected_frames:,}, with a checkpoint")
+
+
+def _train(trainer: Trainer, recorded: RecordedEvaluation, received: list[int]) -> None:
+    if recorded.given_up:
+        trainer._modules["periodic_evaluation"].now()
+    if trainer.collected_frames < trainer.total_frames and not received:
+        trainer.train()
+        return
+    if not recorded.given_up:
+        trainer.save_trainer(force_save=True)
+    trainer.collector.shutdown()
+
+
+def what_ended(error: Exception, trainer: Trainer, env: EnvBase, run_dir: Path) -> str:
+    """Why a training could not go on, in one line; the traceback of what nobody has foreseen is kept."""
+    if isinstance(error, NonFiniteError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        reason = f"a file could not be written: {error.strerror}"
+    elif isinstance(error, CheckpointError):
+        reason = str(error)
+    else:
+        if (fault := worker_fault(env)) is not None:
+            line, trace = fault
+            error.__cause__ = RuntimeError(f"in a process of its own:\n{trace}")
+        else:
+            line = cause(error)
+        reason = f"{line} ({process.keep_traceback(error, run_dir)})"
+    return f"frame {trainer.collected_frames}: {reason}; the run stops here"
+
+
+def what_is_left(run_dir: Path) -> str:
+    """The last checkpoint of a run, and how to go on from it."""
+    last = RunDirectory(run_dir).rotation().latest()
+    if last is None:
+        return "there is no checkpoint yet"
+    return f"{last.name} is whole; {how_to_resume(run_dir)}"
