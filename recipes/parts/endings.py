@@ -1,4 +1,4 @@
-"""How a training ends: at its last frame, by a signal, or by what nobody has foreseen."""
+"""How a training ends: at its last frame, by a signal, or by an error."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 @contextmanager
 def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
-    """Let the first signal end the training after its batch, with a checkpoint; another one acts at once.
+    """On the first signal, stop after the current batch and write a checkpoint. On the second, stop at once.
 
     Args:
-        trainer: to be stopped.
-        received: filled with the numbers of the signals.
+        trainer: the trainer to stop.
+        received: gets the numbers of the signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -44,19 +44,19 @@ def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         name = signal.Signals(number).name
         if name == "SIGHUP":
-            # a closed terminal sends it, and so does the shell that it ends: it is no second word
+            # a closing terminal sends it twice, itself and through its shell: it does not count as a second signal
             process.leave_terminal()
         elif any(signal.Signals(other).name != "SIGHUP" for other in received):
             usual = before[number]
             if callable(usual):
                 usual(number, frame)
             else:
-                # the system's own, where no recipe was started: in a user's script or another launcher's process
+                # outside a recipe, in a user's script for instance, the system's own handler
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
         received.append(number)
         trainer.request_stop(name)
-        # the interpreter may be printing just now, and whoever reads that may have ended by the same signal
+        # print() is not allowed in the middle of another print(), and the reader may have ended by the same signal
         with suppress(OSError):
             os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
         trainer.optimization_stepper.stop_compiling()
@@ -73,38 +73,38 @@ def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
 def run_to_the_end(
     trainer: Trainer, run_dir: Path, recorded: RecordedEvaluation, received: list[int], draw: Callable[[], None]
 ) -> None:
-    """Train; whatever ends it, the picture is drawn.
+    """Train, and draw the picture whatever ends the training.
 
     Args:
         trainer: with its hooks.
-        run_dir: of the run.
-        recorded: an evaluation that an earlier run gave up comes first.
-        received: filled with the numbers of the signals that end it.
+        run_dir: directory of the run.
+        recorded: the evaluation. One that was interrupted before a resume runs first.
+        received: gets the numbers of the signals that end the training.
         draw: draws the picture.
 
     Raises:
-        Interrupted: if a signal has ended it, after a checkpoint.
-        RunError: in one line, for any other end; the last checkpoint stays whole.
+        Interrupted: if a signal has ended the training, after it has written a checkpoint.
+        RunError: in one line, if something else has ended it. The last checkpoint stays whole.
     """
     trainer.checkpoint.on_saved = log = CheckpointLog(run_dir)
-    # a collector that is shut down lets go of it, and its processes may have said what went wrong
+    # kept here because a collector drops it at its shutdown; its processes may have reported the error
     env = trainer.collector.env
     undrawn = None
     with finish_on_signal(trainer, received):
         try:
             _train(trainer, recorded, received)
         except Exception as error:
-            # a tensordict's context manager answers an interrupt with an error of its own
+            # tensordict's context manager raises an error of its own after an interrupt
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise
             with suppress(Exception):
-                # its processes, where the next job of a sweep has its own
+                # the next job of a sweep starts its own processes
                 trainer.collector.shutdown()
             raise RunError(f"{what_ended(error, trainer, env, run_dir)}, {what_is_left(run_dir)}") from error
         finally:
             try:
                 draw()
-            # what ended the run is told, and a full disk has no room for a picture either
+            # the error that ended the run matters more; a full disk, for instance, has no room for a picture
             except Exception as error:
                 undrawn = error
     print(log)
@@ -126,7 +126,7 @@ def _train(trainer: Trainer, recorded: RecordedEvaluation, received: list[int]) 
 
 
 def what_ended(error: Exception, trainer: Trainer, env: EnvBase, run_dir: Path) -> str:
-    """Why a training could not go on, in one line; the traceback of what nobody has foreseen is kept."""
+    """Why a training has ended, in one line; the traceback of an unexpected error goes to a file."""
     if isinstance(error, NonFiniteError):
         return str(error)
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
@@ -144,7 +144,7 @@ def what_ended(error: Exception, trainer: Trainer, env: EnvBase, run_dir: Path) 
 
 
 def what_is_left(run_dir: Path) -> str:
-    """The last checkpoint of a run, and how to go on from it."""
+    """The last checkpoint of a run, and the command that resumes from it."""
     last = RunDirectory(run_dir).rotation().latest()
     if last is None:
         return "there is no checkpoint yet"

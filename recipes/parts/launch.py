@@ -1,6 +1,7 @@
-"""From the command line to a training: Hydra composes a config, which becomes a typed one; every end is one line.
+"""From the command line to a training.
 
-Nothing below a recipe's ``train`` sees Hydra's config.
+Hydra composes a config, :func:`read` turns it into a typed one, and every error ends the command in one line. Hydra's
+own config goes no further than this module.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from torchrl_pmoe.runs import DirectoryInUseError, RunDirectory
 from torchrl_pmoe.runs.files import replace_file
 from torchrl_pmoe.trainers import NonFiniteError
 
-# two runs may start in the same second; a text that stays the same within a command, as ${now:} does
+# two runs may start in the same second, so a name has a random part, which stays the same within a command
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
-# an id may name a module (module:Id) or a family (PMOE/...): a folder of one name, on every file system
+# an id may hold a colon (module:Id) or a slash (PMOE/...): neither belongs into a folder's name
 OmegaConf.register_new_resolver("folder", lambda name: re.sub(r"[^\w.+-]+", "-", str(name)), replace=True)
 
 
@@ -46,13 +47,14 @@ OmegaConf.register_new_resolver("folder", lambda name: re.sub(r"[^\w.+-]+", "-",
 def launch(main: Callable[[], None], config_class: type) -> None:
     """Run a ``hydra.main`` function.
 
-    What Hydra refuses ends in one line and exit status 2; the jobs of a sweep that failed are told at its end.
+    An override that Hydra refuses ends the command in one line, with exit status 2. At the end of a sweep, one line
+    names each job that failed.
 
     Args:
         main: decorated by Hydra.
         config_class: its typed config.
     """
-    # Hydra prints several lines and exits with 1, unless it is told to raise
+    # without this, Hydra prints several lines and exits with 1 instead of raising
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if "--version" in sys.argv[1:]:
         from importlib.metadata import version
@@ -74,18 +76,18 @@ def _launch(main: Callable[[], None], config_class: type) -> None:
         _stop(f"error: {message}; --help tells more", 2)
 
     try:
-        # Hydra's parser would print its usage first
+        # the parser of Hydra would print its usage before the error
         with patch.object(ArgumentParser, "error", bad_flag):
             main()
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_hydra_line(error, config_class), 2)
     except ValueError as error:
-        # flags that do not go together; what a job raises has its line already
+        # Hydra's flags that exclude each other; errors of a job were printed already
         _stop(f"error: {' '.join(str(error).split())}", 2)
     except JobError as error:
         _stop(error.line, error.status)
     except OSError as error:
-        # ours are one line already: this one comes from before
+        # errors of a training were printed already: this one is Hydra's, which could not make the directory
         if error.filename is None:
             raise
         _stop(f"error: hydra.run.dir: must be a directory that can be made; {error.filename}: {error.strerror}", 2)
@@ -112,13 +114,15 @@ def _hydra_line(error: Exception, config_class: type) -> str:
 
 
 def start_or_resume(cfg: DictConfig, config_class: type, resolve: Callable[[Any], Any], train: Callable) -> None:
-    """The body of a recipe: check the config, then train, from the start or a checkpoint; errors end in one line.
+    """The body of a recipe: read and check the config, then train from the start or from a checkpoint.
+
+    An error ends the command in one line.
 
     Args:
         cfg: as Hydra composed it.
         config_class: its typed config.
-        resolve: fills it in and refuses what does not go together.
-        train: one run, given its config and its directory.
+        resolve: fills in the keys that were left open, and raises for values that exclude each other.
+        train: trains one run, given its config and its directory.
     """
     with one_line_errors(), own_run_directory(cfg) as run:
         config = read(cfg, config_class)
@@ -148,12 +152,13 @@ def read(cfg: DictConfig, config_class: type) -> Any:
 
 
 def resumed_config(config: Any) -> Any:
-    """The config of the run that ``resume`` names, with the changes that a run may take on its way.
+    """The config of the run that ``resume`` names, with the changes from the command line.
 
-    ``resume`` of the result is the checkpoint.
+    The key ``resume`` of the returned config is the path of the checkpoint.
 
     Raises:
-        UsageError: where there is no such run, it is one of another recipe, or another key was given.
+        UsageError: if there is no such run, if another recipe has trained it, or if a key was given that must not
+            change.
     """
     try:
         values, checkpoint = open_run(Path(config.resume))
@@ -170,15 +175,15 @@ def resumed_config(config: Any) -> Any:
 
 
 def apply_changes(old: Any, config: Any, changeable: tuple[str, ...] = CHANGEABLE) -> None:
-    """Put what was given beside ``resume`` into the config of the run that goes on.
+    """Copy the keys that were given beside ``resume`` into the config of the resumed run.
 
     Args:
-        old: of that run, changed in place.
-        config: as given.
-        changeable: the beginnings of the keys that may change.
+        old: config of that run, changed in place.
+        config: config from the command line.
+        changeable: prefixes of the keys that may change.
 
     Raises:
-        UsageError: for a key that must stay.
+        UsageError: for a key that must not change.
     """
     known = described_keys(type(config))
     for override in HydraConfig.get().overrides.task:
@@ -206,10 +211,10 @@ def keep_config(config: Any, run_dir: Path) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a run with one line on stderr: status 2 for a config that cannot be run, 1 for what went bad on the way.
+    """Turn an exception into one line on stderr, with exit status 2 for a config that cannot be run and 1 otherwise.
 
-    Stands around the whole body of a ``hydra.main`` function, since Hydra has words of its own for every exception. A
-    job of a sweep that goes wrong leaves the next one its turn; a signal ends the sweep.
+    It goes around the whole body of a ``hydra.main`` function, because Hydra would print its own message for every
+    exception. When a job of a sweep fails, the next job starts; a signal ends the whole sweep.
     """
     if sweeping := HydraConfig.get().mode == RunMode.MULTIRUN:
         sweep.begin()
@@ -240,7 +245,7 @@ def _ending(error: BaseException) -> tuple[str, int]:
 
 
 def usage_line(error: BaseException) -> str:
-    """What is wrong with the input, in one line; the traceback of an environment's own fault is kept in a file."""
+    """The error in one line; if an environment's own code has raised it, the traceback goes to a file."""
     line = " ".join(str(error).split())
     own = error.__cause__ if isinstance(error, EnvironmentFault) else None
     return (
@@ -259,11 +264,11 @@ def _stop(line: str, status: int) -> NoReturn:
 
 
 class JobError(Exception):
-    """What ended a job of a sweep in a process that another launcher has started; Hydra takes it to the parent.
+    """The failure of a job in a process that another Hydra launcher has started; Hydra passes it on to the parent.
 
     Args:
-        line: that tells it.
-        status: to exit with.
+        line: one line on the failure.
+        status: exit status.
     """
 
     def __init__(self, line: str, status: int) -> None:
@@ -285,9 +290,9 @@ class Sweep:
     """The jobs of a sweep that this process has begun.
 
     Attributes:
-        parent: the process where Hydra was started, which tells what has failed.
-        overrides: of each job.
-        failed: in their order.
+        parent: id of the process where Hydra was started; it prints the failures.
+        overrides: those of each job.
+        failed: failed jobs, in their order.
     """
 
     def __init__(self) -> None:
@@ -297,11 +302,11 @@ class Sweep:
         self._places: tuple[Path, Path] | None = None
 
     def begin(self) -> None:
-        """A job has its turn."""
+        """Note that a job starts."""
         self.overrides.append(HydraConfig.get().overrides.task)
 
     def fail(self, line: str, status: int) -> None:
-        """A job has failed: say so, and let the next one have its turn.
+        """Print why a job has failed; the next job starts afterwards.
 
         Raises:
             JobError: in a process of another launcher.
@@ -314,7 +319,7 @@ class Sweep:
         process.complain(line)
 
     def tell(self) -> None:
-        """One line for each job that failed; nothing is left of a sweep in which no job began."""
+        """Print one line for each job that failed, and remove the directory of a sweep in which no job has begun."""
         shared = set.intersection(*map(set, self.overrides)) if len(self.overrides) > 1 else set()
         for job in self.failed:
             overrides = " ".join(override for override in job.overrides if override not in shared)
@@ -336,15 +341,15 @@ sweep = Sweep()
 
 @contextmanager
 def owned(directory: Path, named: str, allowed: str) -> Iterator[Path]:
-    """Own a directory, made where it is not there, as long as the body runs.
+    """Make a directory if necessary, and lock it while the body runs.
 
     Args:
-        directory: that the body writes to.
-        named: the key and its value, for the line on what is wrong.
-        allowed: completes "<named>: must be ..." where another process owns it.
+        directory: the body writes to it.
+        named: key and value, for the error.
+        allowed: completes the error "<named>: must be ..." if another process has locked it.
 
     Raises:
-        UsageError: where another process owns it, or nothing can be written there.
+        UsageError: if another process has locked it, or nothing can be written there.
     """
     with ExitStack() as stack:
         try:
@@ -358,14 +363,14 @@ def owned(directory: Path, named: str, allowed: str) -> Iterator[Path]:
 
 @contextmanager
 def own_run_directory(cfg: DictConfig, may_hold: Callable[[Path], bool] = lambda run: False) -> Iterator[Path]:
-    """Own the directory where a run keeps its records: Hydra's, or that of the run that goes on.
+    """Lock the directory of a run: the one that Hydra has made, or that of the run to resume.
 
     Args:
-        cfg: as Hydra composed it; ``resume`` is read.
-        may_hold: whether a new run may begin in a directory that holds one already; asked when it is owned.
+        cfg: as Hydra composed it; only ``resume`` is read.
+        may_hold: says whether a new run may begin in a directory that holds one already. It is asked under the lock.
 
     Raises:
-        UsageError: where it cannot be owned, or a new run would write over what another has left.
+        UsageError: if it cannot be locked, or a new run would overwrite the files of another.
     """
     output = Path(HydraConfig.get().runtime.output_dir)
     resume = OmegaConf.to_container(cfg, resolve=True).get("resume")  # type: ignore[union-attr]
@@ -373,7 +378,7 @@ def own_run_directory(cfg: DictConfig, may_hold: Callable[[Path], bool] = lambda
         remove_empty(output)
         run = run_of(Path(str(resume)))
         with ExitStack() as stack:
-            # where there is none, a line of its own follows
+            # a directory that does not exist gets an error of its own later
             if os.path.isdir(run):
                 stack.enter_context(owned(run, f"resume={resume}", "a run that no other process uses"))
             yield run
@@ -389,14 +394,16 @@ def own_run_directory(cfg: DictConfig, may_hold: Callable[[Path], bool] = lambda
 
 @contextmanager
 def own_scratch(config: Any, run: Path) -> Iterator[None]:
-    """Own ``replay_buffer.scratch_dir``, where there is one, for a run: empty at its start, its own when it goes on.
+    """Lock ``replay_buffer.scratch_dir``, if the config has one.
+
+    It must be empty when a run starts; a resumed run must find its own.
 
     Args:
         config: typed.
-        run: its directory.
+        run: directory of the run.
 
     Raises:
-        UsageError: where it holds something else, is another run's, or cannot be written to.
+        UsageError: if it holds other files, belongs to another run, or cannot be written to.
     """
     scratch = getattr(getattr(config, "replay_buffer", None), "scratch_dir", None)
     if scratch is None:
@@ -410,23 +417,23 @@ def own_scratch(config: Any, run: Path) -> Iterator[None]:
         if config.resume is None:
             if {path.name for path in directory.iterdir()} - ours:
                 raise UsageError(f"{named}: must be empty or not there")
-        # that of a run that was moved has no other owner
+        # the run may have been moved: then the owner that was noted is gone
         elif owner != run.absolute() and owner.is_dir():
             raise UsageError(f"{named}: must be that of the run that goes on, it is that of {owner}")
         replace_file(note, str(run.absolute()))
         try:
             yield
         finally:
-            # a run that was refused leaves nothing
+            # a run that was refused leaves no file behind
             if {path.name for path in directory.iterdir()} <= ours:
                 note.unlink()
 
 
 def remove_empty(path: Path) -> None:
-    """Take back the empty run directory that Hydra makes before a config is looked at."""
+    """Remove the empty run directory, which Hydra has made before the config was checked."""
     top = Path(HydraConfig.get().runtime.cwd)
     os.chdir(top)
-    # as it was written too: with .. in a name, there is more on the way
+    # the path as it was written may go through more directories, with .. in it
     written = top / HydraConfig.get().run.dir
     made = [here for base in (path, written) for here in (base, *base.parents) if here == path or top in here.parents]
     if (notes := HydraConfig.get().output_subdir) is not None:
@@ -437,7 +444,7 @@ def remove_empty(path: Path) -> None:
 
 
 def _remove_empty(made: Iterable[Path], top: Path) -> None:
-    # hydra.run.dir=. names the user's own directory, which was there before
+    # hydra.run.dir=. is the user's own directory, which was there before
     for directory in (here for here in made if here.resolve() != top.resolve()):
         if directory.name != ".." and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()

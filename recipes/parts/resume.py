@@ -1,4 +1,4 @@
-"""Going on with an earlier run: its config, its last checkpoint, and what to type."""
+"""Resuming an earlier run: its config, its last checkpoint, and the command."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torchrl_pmoe.runs import RunDirectory, VerifiedCheckpoint
 from torchrl_pmoe.runs.metrics import why_unreadable
 
 FORMAT = 4
-"""Of what a run keeps.
+"""Version of the files of a run.
 
 1 was TorchRL's own checkpoint, without replay rows, episodes and checksums; 2 had actions in the environment's own
-units, and knew no evaluation that was given up; 3 had another state of the running normalisation.
+units, and no interrupted evaluations; 3 had another state of the running normalisation.
 """
 CHANGEABLE = ("total_frames", "logger.", "checkpoint.", "compile.", "optim.num_threads", "on_nonfinite")
-"""The beginnings of the keys that may change when a run goes on."""
+"""Prefixes of the keys that may change when a run is resumed."""
 _ABOUT = "torchrl_pmoe"
 
 
@@ -33,12 +33,12 @@ _ABOUT = "torchrl_pmoe"
 
 
 def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of the run that it belongs to."""
+    """Description of a run, for its checkpoints."""
     return {_ABOUT: {"format": FORMAT, "config": {**config, "resume": None}}}
 
 
 def run_of(path: Path) -> Path:
-    """The directory of a run, given that or one of its checkpoints."""
+    """The directory of a run, from that directory or from one of its checkpoints."""
     return path.parent.parent if path.parent.name == RunDirectory.CHECKPOINTS else path
 
 
@@ -52,13 +52,13 @@ def read_config(run: Path) -> dict[str, Any] | None:
 
 
 def open_run(path: Path) -> tuple[dict[str, Any], Path]:
-    """The config and the last checkpoint of a run, after a look at every byte of it.
+    """The config and the last checkpoint of a run, after a check of every byte of it.
 
     Args:
         path: the run's directory, or one of its checkpoints.
 
     Raises:
-        UsageError: in one line, where it is no run, or a damaged one; an older checkpoint that is whole is named.
+        UsageError: in one line, if it is no run, or a damaged one. The line names an older checkpoint that is whole.
     """
     allowed = "the directory of a run, with its config.yaml and checkpoints"
     run = run_of(path)
@@ -67,7 +67,7 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
         run.is_dir()
     except OSError as error:
         raise UsageError(f"{path}: must be {allowed} ({error.strerror})") from error
-    # what a full disk or a copy has left half is still the last one, and is told
+    # a checkpoint that a full disk has cut short is still the last one, and gets its own error
     if run != path:
         candidates = [path] if re.fullmatch(r"checkpoint-\d+", path.name) else []
     if not candidates:
@@ -86,10 +86,10 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
-    """The config that a whole checkpoint was written with.
+    """The config in a checkpoint.
 
     Raises:
-        CheckpointError: in one line, where it is not whole, or was written by an older or a newer version.
+        CheckpointError: in one line, if it is not whole, or if an older or a newer version has written it.
     """
     if (checkpoint / "manifest.json").is_file() and not (checkpoint / "SHA256SUMS").is_file():
         raise CheckpointError(f"{checkpoint.name} has no SHA256SUMS: it was written by an older version, or in part")
@@ -113,7 +113,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _refuse_other_config(run: Path, checkpoint: Path, config: dict[str, Any]) -> None:
-    """A checkpoint that was put into the directory of another run."""
+    """Raise for a checkpoint that was copied into the directory of another run."""
     there = read_config(run)
     if there is None:
         raise UsageError(f"{run}: must hold the run's config.yaml, which is missing or damaged")
@@ -139,7 +139,7 @@ def load_components(checkpoint: Path, components: Mapping[str, Any]) -> None:
     """Restore some components of a checkpoint.
 
     Raises:
-        UsageError: in one line, where one is missing or does not fit.
+        UsageError: in one line, if one is missing or does not fit.
     """
     try:
         VerifiedCheckpoint(**components).load(checkpoint, components=list(components), map_location="cpu")
@@ -148,20 +148,20 @@ def load_components(checkpoint: Path, components: Mapping[str, Any]) -> None:
 
 
 def does_not_fit(checkpoint: Path, error: CheckpointError) -> UsageError:
-    """The line for a checkpoint that cannot be loaded."""
+    """The error for a checkpoint that cannot be loaded."""
     reason = " ".join(str(error).split())
     return UsageError(f"{checkpoint}: must be a checkpoint of this run ({reason[:300]})")
 
 
 def checkpoint_to_resume(resume: str | None, needed: Mapping[str, str] = MappingProxyType({})) -> Path | None:
-    """The checkpoint that a run goes on from, ``None`` without one.
+    """The checkpoint to resume from, ``None`` without one.
 
     Args:
         resume: its path.
-        needed: components that it must hold, and what to call them.
+        needed: components that it must hold, with their names for the error.
 
     Raises:
-        UsageError: where one is missing.
+        UsageError: if one is missing, or if a ``metrics.csv`` of the run cannot be continued.
     """
     if resume is None:
         return None
@@ -177,26 +177,26 @@ def checkpoint_to_resume(resume: str | None, needed: Mapping[str, str] = Mapping
     return path
 
 
-# --------------------------------------------------------------------------------------------- what to type
+# ------------------------------------------------------------------------------------------ commands to type
 
 
 def how_to_resume(run: Path) -> str:
-    """What to type in a shell to go on with a run that has a checkpoint, or why it cannot go on."""
+    """The command that resumes a run with a checkpoint, or why the run cannot be resumed."""
     config = read_config(run) or {}
     if config.get("checkpoint", {}).get("replay_buffer") is False:
         return "it cannot go on, with checkpoint.replay_buffer=false a checkpoint is without what that takes"
     if Path(sys.argv[0]).stem == "target_reaching" and config.get("recipe") != "target_reaching":
-        run = run.parent  # that script goes on with an experiment, not with one training of it
+        run = run.parent  # that script resumes a whole experiment, not one training of it
     return f"goes on with: {command_to_resume(run)}"
 
 
 def command_to_resume(run: Path) -> str:
-    """What to type in a shell to go on with a run."""
+    """The command that resumes a run."""
     return shlex.join([interpreter(), sys.argv[0], resume_argument(run)])
 
 
 def interpreter() -> str:
-    """The Python that runs, as it is typed here: an activated one by its name alone."""
+    """The running Python as one types it here: ``python`` if it is activated, else its path."""
     running = Path(sys.executable)
     if (found := shutil.which("python")) is not None and Path(found).absolute() == running.absolute():
         return "python"
@@ -204,13 +204,13 @@ def interpreter() -> str:
 
 
 def resume_argument(run: Path) -> str:
-    """The override that goes on with a run, as Hydra reads it."""
+    """The override ``resume=...`` for a run, quoted as Hydra needs it."""
     where = from_here(run)
     return f"resume={where if _is_plain(where) else _quoted(literal(where))}"
 
 
 def _is_plain(text: str) -> bool:
-    """Whether Hydra takes a text that is not quoted for that text."""
+    """Whether Hydra reads a text as it is, without quotes."""
     if not re.fullmatch(r"[\w./-]+", text, re.ASCII) or text.lower() in ("null", "true", "false"):
         return False
     try:
@@ -221,17 +221,17 @@ def _is_plain(text: str) -> bool:
 
 
 def _quoted(text: str) -> str:
-    """A text in single quotes, as Hydra reads them: a backslash counts before a quote alone."""
+    """A text in single quotes for Hydra, where a backslash is special before a quote only."""
     escaped = re.sub(r"(\\*)'", r"\1\1\'", text)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"'{escaped}'"
 
 
 def from_here(path: Path) -> str:
-    """A path as it is named from the working directory."""
+    """A path, relative to the working directory if it is below that."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def literal(text: str) -> str:
-    """A text for a config, in which nothing is taken for an interpolation."""
+    """A text for a config, with interpolations escaped."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

@@ -1,4 +1,4 @@
-"""What happens around a training, whatever is trained: optimiser, collector, trainer, records."""
+"""What every recipe needs around its loss: optimiser, collector, trainer, evaluation and records."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from torchrl_pmoe.trainers import (
     ProgressBar,
 )
 
-# updates that win back the time of compiling them, with much to spare
+# a run with so many updates wins back the time of compilation many times
 WORTH_COMPILING = 50_000
 NO_COMPILER = "there is no C++ compiler: g++, clang++ on macOS, or what CXX names"
 
@@ -75,9 +75,9 @@ def seed_everything(seed: int) -> None:
 
 
 def prepare_torch(num_threads: int | None) -> None:
-    """Settings of the whole process: threads, and the checks and messages that a run does without."""
+    """Set the number of threads; turn off TorchRL's notes and the checks of distributions' parameters."""
     torchrl_logger.setLevel("WARNING")
-    # a check of every distribution's parameters costs more than drawing from it
+    # checking the parameters costs more than drawing the sample
     torch.distributions.Distribution.set_default_validate_args(False)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -87,7 +87,7 @@ def prepare_torch(num_threads: int | None) -> None:
 
 
 def has_compiler() -> bool:
-    """Whether PyTorch finds the C++ compiler that compiled updates need, on a GPU for the code of the host."""
+    """Whether PyTorch finds a C++ compiler. Compiled updates need one, on a GPU too, for the code of the host."""
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, OSError):
@@ -96,17 +96,17 @@ def has_compiler() -> bool:
 
 
 def choose_compile(options: Any, updates: float) -> None:
-    """Put true or false in the place of an unset ``compile.enabled``.
+    """Choose ``compile.enabled`` if it is null.
 
-    The number of updates decides, and nothing that is installed; only where updates are to be compiled and there is no
-    compiler they run eagerly, and the run says so.
+    The number of updates decides. A machine without a C++ compiler runs all updates eagerly, and :func:`announce` says
+    so.
 
     Args:
-        options: with ``enabled``, changed in place.
-        updates: of the whole run.
+        options: config group with ``enabled``, changed in place.
+        updates: number of updates of the whole run.
 
     Raises:
-        UsageError: where updates were asked to be compiled and there is no compiler.
+        UsageError: if ``enabled`` is true and there is no compiler.
     """
     if options.enabled is None:
         options.enabled = updates >= WORTH_COMPILING and has_compiler()
@@ -115,7 +115,7 @@ def choose_compile(options: Any, updates: float) -> None:
 
 
 def announce(about: str, updates: float, *, compiled: bool) -> None:
-    """Say what is about to be trained, whether its updates are compiled, and why the first then takes long."""
+    """Print what will be trained, and whether its updates are compiled."""
     as_wished = compiled or updates < WORTH_COMPILING or has_compiler()
     why = "" if as_wished else f" ({NO_COMPILER})"
     print(f"{about}, compile.enabled={str(compiled).lower()}{why}")
@@ -135,7 +135,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     router_lr: float | None = None,
 ) -> torch.optim.Optimizer:
-    """One Adam for everything that the loss trains; with ``router_lr`` the actor's router has a rate of its own."""
+    """One Adam for all parameters of the loss; with ``router_lr``, the actor's router has its own learning rate."""
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if router_lr is not None:
@@ -156,15 +156,15 @@ def build_collector(
     init_random_frames: int = 0,
     device: torch.device | str = "cpu",
 ) -> Collector:
-    """Collects batches of frames with the policy that is being trained, random actions first."""
-    # frames stay where the environments make them: with mjx on a GPU, nothing passes through the host
+    """A collector of frames, which takes random actions first."""
+    # frames stay on the device of the environments: with mjx on a GPU, nothing passes through the host
     there = env.device or "cpu"
     return Collector(
         env,
         policy,
         frames_per_batch=frames_per_batch,
         total_frames=-1,
-        # whole batches, as the collector makes of it with a warning
+        # rounded up to whole batches; the collector would do so with a warning
         init_random_frames=-(-init_random_frames // frames_per_batch) * frames_per_batch,
         policy_device=device,
         env_device=there,
@@ -181,10 +181,10 @@ class CheckpointOptions:
     """Checkpoints of a run.
 
     Args:
-        interval: frames between two.
-        keep: how many.
-        metadata: what a checkpoint says of its run.
-        unsaved: components that are left out.
+        interval: number of frames between two checkpoints.
+        keep: how many of the newest are kept.
+        metadata: description of the run, saved in every checkpoint.
+        unsaved: components that are not saved.
     """
 
     interval: int
@@ -205,20 +205,20 @@ def build_trainer(
     seed: int,
     **kwargs: Any,
 ) -> Trainer:
-    """TorchRL's trainer with checkpoints in ``run_dir``, which stops before a bad frame gets anywhere.
+    """TorchRL's trainer with checkpoints in ``run_dir``. It stops at the first frame that is NaN or infinite.
 
     Args:
-        run_dir: of the run.
+        run_dir: directory of the run.
 
     Keyword Args:
-        collector: of frames.
-        total_frames: of the run.
-        loss: to be minimised.
-        optimizer: of its parameters.
+        collector: collects the frames.
+        total_frames: number of frames of the run.
+        loss: minimised.
+        optimizer: of the loss's parameters.
         stepper: makes the updates.
-        checkpoints: how often, and what they say.
-        seed: of the run; environments whose state cannot be kept begin anew from it.
-        **kwargs: of the trainer.
+        checkpoints: how often they are written, and what they hold.
+        seed: of the run. An environment whose state cannot be saved starts again from it after a resume.
+        **kwargs: further arguments of the trainer.
     """
     metadata = dict(checkpoints.metadata)
     trainer = Trainer(
@@ -229,7 +229,7 @@ def build_trainer(
         optimizer=optimizer,
         optimization_stepper=stepper,
         progress_bar=False,
-        # the trainer saves once more frames than this have passed
+        # the trainer saves when more frames than this have passed
         save_trainer_interval=checkpoints.interval - 1,
         checkpoint=VerifiedCheckpoint(rng=GlobalRNGState(), episodes=EpisodeState(collector, seed)),
         checkpoint_rotation=RunDirectory(run_dir).rotation(checkpoints.keep),
@@ -243,12 +243,12 @@ def build_trainer(
 
 
 def watch_experts(trainer: Trainer, actor: ProbabilisticActor, states: Callable[[], TensorDictBase]) -> None:
-    """Warn once when one expert takes over.
+    """Warn once when the router uses one expert only.
 
     Args:
         trainer: of the run.
         actor: the policy.
-        states: that it has met lately, ``[B]``.
+        states: returns recent states ``[B]``.
     """
 
     @torch.no_grad()
@@ -257,8 +257,8 @@ def watch_experts(trainer: Trainer, actor: ProbabilisticActor, states: Callable[
 
     ExpertCollapse(
         usage,
-        advice="a smaller optim.router_lr slows that, routing=soft_frequency keeps several experts, "
-        "and routing=none tells whether they are needed",
+        advice="a smaller optim.router_lr slows this down, routing=soft_frequency keeps several experts, "
+        "and routing=none shows whether they are needed",
     ).register(trainer)
 
 
@@ -273,8 +273,8 @@ class EvaluationOptions:
         env: Gymnasium id.
         env_kwargs: of the environment.
         interval: frames between two evaluations.
-        episodes: of an evaluation.
-        max_steps: an episode is cut here.
+        episodes: number of episodes of an evaluation.
+        max_steps: a longer episode is cut.
         device: of the policy.
     """
 
@@ -286,7 +286,7 @@ class EvaluationOptions:
     device: str
 
     def evaluator(self, policy: TensorDictModuleBase, seed: int, stopped: Callable[[], bool]) -> Evaluator:
-        """Evaluates a policy of actions in ``[-1, 1]``, in episodes that no training has; ``seed`` is the run's."""
+        """An evaluator of a policy with actions in ``[-1, 1]``; its episodes have other seeds than the training's."""
         return Evaluator(
             self.env,
             policy,
@@ -304,9 +304,9 @@ class LoggerOptions:
     """Where a run is recorded beside ``metrics.csv``.
 
     Args:
-        backend: of :func:`torchrl_pmoe.runs.run_logger`; ``None`` for none.
-        project: of the service.
-        hparams: sent to it.
+        backend: name, see :func:`torchrl_pmoe.runs.run_logger`; ``None`` for no logger.
+        project: name of the project in the service.
+        hparams: hyperparameters, sent to the service.
         progress_bar: whether to show one.
     """
 
@@ -317,10 +317,10 @@ class LoggerOptions:
 
     @contextmanager
     def open(self, run_dir: Path) -> Iterator[Logger | None]:
-        """The logger, ``None`` without one.
+        """Open the logger; yields ``None`` if there is no backend.
 
         Raises:
-            UsageError: where it cannot be opened.
+            UsageError: if it cannot be opened.
         """
         with ExitStack() as stack:
             logger = None
@@ -329,7 +329,7 @@ class LoggerOptions:
                     logger = stack.enter_context(
                         run_logger(self.backend, run_dir, project=self.project, hparams=self.hparams)
                     )
-                # services of other people raise what they like
+                # a service may raise any exception
                 except Exception as error:
                     raise UsageError(
                         f"logger.backend={self.backend}: must be one that can be written to ({process.describe(error)})"
@@ -339,17 +339,17 @@ class LoggerOptions:
 
 @dataclass(frozen=True)
 class Agent:
-    """One agent of a run, and what is recorded of it.
+    """One agent of a run, and how it is evaluated and saved.
 
     Args:
-        policy: that is evaluated; reads raw observations, acts in ``[-1, 1]``.
-        seed: its own.
-        directory: of its records.
+        policy: the policy to evaluate. It reads raw observations and acts in ``[-1, 1]``.
+        seed: seed of the agent.
+        directory: of its ``metrics.csv`` and its picture.
         title: of its picture.
         actor: the network that is trained.
-        kind: how ``policy`` acts with it.
-        normalization: of the observations.
-        critics: the loss whose critics choose among the proposals, where they do.
+        kind: how ``policy`` chooses an action from ``actor``.
+        normalization: of the observations, if there is one.
+        critics: the loss whose critics choose among the proposals (``acting=best_of_experts``).
     """
 
     policy: TensorDictModuleBase
@@ -362,7 +362,7 @@ class Agent:
     critics: SACLoss | None = None
 
     def parts(self, evaluation: EvaluationOptions, evaluator: Evaluator) -> PolicyParts:
-        """What a checkpoint keeps of the policy."""
+        """The parts of the policy that a checkpoint saves."""
         box: Any = evaluator.envs[0].action_space
         return PolicyParts(
             self.actor,
@@ -380,7 +380,7 @@ class Agent:
 
 
 Measure = Callable[[], list[dict[str, float]]]
-"""Returns the columns of each agent's row but clocks and returns; always the same ones."""
+"""Returns one row for each agent: all columns but clocks and returns, always the same ones."""
 
 
 def train_and_record(
@@ -401,31 +401,31 @@ def train_and_record(
     before_saving: Callable[[], None] = lambda: None,
     only_if_unfinished: bool = False,
 ) -> None:
-    """Train to the end; leave ``metrics.csv`` and ``learning_curve.png`` of every agent.
+    """Train to the end. Every agent gets its ``metrics.csv`` and ``learning_curve.png``.
 
     Args:
-        trainer: made by :func:`build_trainer`, with its hooks; it counts the frames of all agents.
-        run_dir: of the run.
-        agents: evaluated.
-        measure: the other columns of their rows.
+        trainer: made by :func:`build_trainer`, with its hooks. It counts the frames of all agents.
+        run_dir: directory of the run.
+        agents: the agents to evaluate.
+        measure: returns the other columns of their rows.
 
     Keyword Args:
-        about: printed before the first frame, after all that can be wrong with the input.
-        updates: of the whole run.
-        train_return: mean return of the latest training episodes, nan before the first has ended.
+        about: line that is printed before the first frame, once the input has been checked.
+        updates: number of updates of the whole run.
+        train_return: returns the mean return of the latest training episodes, nan before the first one has ended.
         evaluation: how policies are evaluated; its interval counts the frames of one agent.
-        logging: where else the rows go.
-        checkpoints: of the run.
-        checkpoint: to go on from.
-        on_resume: called once it is loaded.
-        begin: called before the first frame; a run that was refused has not come that far.
-        before_saving: called before the agents' policies are written into a checkpoint.
-        only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
+        logging: where the rows go besides ``metrics.csv``.
+        checkpoints: how often they are written, and what they hold.
+        checkpoint: path of the checkpoint to resume from.
+        on_resume: called when the checkpoint is loaded.
+        begin: called before the first frame, once the input has been checked.
+        before_saving: called before the agents' policies are saved in a checkpoint.
+        only_if_unfinished: if the checkpoint has all frames, load it and return.
 
     Raises:
-        Interrupted: if a signal has ended it, after a checkpoint.
-        RunError: in one line, for any other end; the last checkpoint stays whole.
-        UsageError: where the checkpoint or the logger cannot be used.
+        Interrupted: if a signal has ended the run, after it has written a checkpoint.
+        RunError: in one line, if something else has ended the run. The last checkpoint stays whole.
+        UsageError: if the checkpoint or the logger cannot be used.
     """
     stepper, number = trainer.optimization_stepper, len(agents)
     received: list[int] = []
@@ -475,9 +475,9 @@ def train_and_record(
         begin()
         print(f"run directory: {from_here(run_dir)}")
         announce(about, updates, compiled=stepper.compile)
-        # eager updates are at their usual speed from the first on; the second one compiles
+        # the second update compiles; only later ones have the speed that the bar is to show
         usual = stepper.updates + (2 if stepper.compile else 1)
-        # whole batches
+        # frames come in whole batches
         batch = trainer.collector.requested_frames_per_batch
         bar = ProgressBar(
             -(-trainer.total_frames // batch) * batch,
@@ -490,17 +490,17 @@ def train_and_record(
         with closing(bar):
             run_to_the_end(trainer, run_dir, recorded, received, lambda: _draw(agents, metrics))
     if stepper.on_nonfinite == "skip":
-        print(f"left out: {stepper.skipped} updates")
+        print(f"{stepper.skipped} updates were skipped")
     print(what_next(run_dir, agents, [one.last for one in metrics]))
 
 
 def what_next(run_dir: Path, agents: Sequence[Agent], last: Sequence[Mapping[str, float]]) -> str:
-    """The return at the end of a run, where its files are, and what to type to go on with them."""
+    """What is printed at the end: the return, the run directory, and the next commands."""
     returns = [f"{row['return_mean']:,.1f} ± {row['return_std']:,.1f}" for row in last if "return_mean" in row]
     where = shlex.quote(from_here(run_dir))
     python, recipes = shlex.quote(interpreter()), Path(sys.argv[0]).parent
     scripts = {name: shlex.quote(str(recipes / f"{name}.py")) for name in ("evaluate", "plot")}
-    # of several agents, one is enough to show how
+    # the commands name the first agent as an example
     agent, files = "", "metrics.csv, learning_curve.png, checkpoints"
     if len(agents) > 1:
         agent = f" --agent {agents[0].seed}"
@@ -516,7 +516,7 @@ def what_next(run_dir: Path, agents: Sequence[Agent], last: Sequence[Mapping[str
 
 
 def mean_columns(stepper: FusedOptimizationStepper, columns: Sequence[str]) -> dict[str, float]:
-    """The means of some outputs of the loss since the last evaluation; nan for those that it does not have."""
+    """Means of some outputs of the loss since the last evaluation; nan for an output that it does not have."""
     means = stepper.means()
     return {key: means.get(key, float("nan")) for key in columns}
 
@@ -530,10 +530,10 @@ def _draw(agents: Sequence[Agent], metrics: Sequence[MetricsFile]) -> None:
 def _resume(
     trainer: Trainer, run_dir: Path, checkpoint: Path, recorded: RecordedEvaluation, agents: int, *, finished: bool
 ) -> None:
-    """Load a checkpoint into a trainer whose hooks are registered.
+    """Load a checkpoint into a trainer with registered hooks.
 
     Raises:
-        UsageError: where it does not fit, or has the frames already and may not (``finished``).
+        UsageError: if it does not fit, or if it has all frames already and ``finished`` is false.
     """
     directory = RunDirectory(run_dir)
     later = [path for path in directory.checkpoints() if path.name > checkpoint.name]
