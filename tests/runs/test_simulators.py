@@ -14,7 +14,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import DoubleToFloat, GymWrapper, SerialEnv, TransformedEnv
 from torchrl.modules import RandomPolicy
 
-from torchrl_pmoe.envs import BatchedTargetReachingEnv
+from torchrl_pmoe.envs import BatchedTargetReachingEnv, make_env
 from torchrl_pmoe.envs.mujoco.engines import quiet_mujoco
 from torchrl_pmoe.runs import EpisodeState, SimulatorState
 
@@ -72,8 +72,13 @@ def test_a_restored_task_goes_on_to_the_last_bit(name):
     assert_same_future(env, other, td)
 
 
-def test_every_environment_of_a_serial_one_is_restored():
-    env, other = (SerialEnv(3, partial(make, "Hopper-v5")) for _ in range(2))
+@pytest.mark.parametrize(
+    "batch",
+    [lambda: SerialEnv(3, partial(make, "Hopper-v5")), lambda: make_env("Hopper-v5", num_envs=3)],
+    ids=["SerialEnv", "make_env"],
+)
+def test_every_environment_of_a_batch_is_restored(batch):
+    env, other = batch(), batch()
     env.set_seed(1)
     td = advance(env)
     other.set_seed(2)

@@ -27,6 +27,7 @@ from torchrl_pmoe.envs.libraries import GymnasiumView, UnusableError, library_of
 from torchrl_pmoe.envs.mujoco import MUJOCO_TASKS, mujoco_task
 from torchrl_pmoe.envs.mujoco.engines import has_mjx, quiet_mujoco
 from torchrl_pmoe.envs.parallel import parallel_env
+from torchrl_pmoe.envs.vector import batched_gym_env
 
 __all__ = ["Backend", "Env", "EnvironmentFault", "full_id", "make_env", "make_gym_env", "try_env", "worker_fault"]
 
@@ -111,10 +112,21 @@ def make_env(
         made.fault_file = fault_file
         weakref.finalize(made, Path(fault_file).unlink, missing_ok=True)
     else:
-        single = partial(_make_single, env, env_kwargs, clip_actions=clip_actions)
-        made = single() if num_envs == 1 else SerialEnv(num_envs, single)
+        made = _make_serial(env, num_envs, env_kwargs, clip_actions=clip_actions)
     made.set_seed(seed)
     return made
+
+
+def _make_serial(env: Env, num_envs: int, env_kwargs: Mapping[str, Any] | None, *, clip_actions: bool) -> EnvBase:
+    single = partial(_make_single, env, env_kwargs, clip_actions=clip_actions)
+    if num_envs == 1:
+        return single()
+    make = partial(make_gym_env, env, env_kwargs)
+    with closing(make()) as first:
+        of_torchrl = isinstance(first, GymnasiumView)
+    if of_torchrl:
+        return SerialEnv(num_envs, single)
+    return _as_torchrl(batched_gym_env(make, num_envs), clip_actions=clip_actions)
 
 
 def _make_single(
@@ -126,7 +138,12 @@ def _make_single(
         return normalize_actions(gym_env.env, clip=clip_actions)
     if fault_file is not None:
         gym_env = _ReportFault(gym_env, fault_file)
-    made = TransformedEnv(GymWrapper(gym_env), DoubleToFloat())
+    return _as_torchrl(GymWrapper(gym_env), clip_actions=clip_actions)
+
+
+def _as_torchrl(wrapped: GymWrapper, *, clip_actions: bool) -> EnvBase:
+    """A wrapped environment, or a batch of them, in float32 and with actions in ``[-1, 1]``."""
+    made = TransformedEnv(wrapped, DoubleToFloat())
     if torch.float16 in (made.observation_spec["observation"].dtype, made.action_spec.dtype):
         made.append_transform(DTypeCastTransform(torch.float16, torch.float32))
     return normalize_actions(made, clip=clip_actions)

@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.utils.seeding import RandomNumberGenerator
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 from tensordict import TensorDict
 from torchrl.collectors import Collector
@@ -42,10 +43,10 @@ class SimulatorState:
     """The state of environments in this process, for checkpoints: simulator, wrappers and random generators.
 
     Known are Gymnasium's MuJoCo and classic-control tasks, :class:`TargetReachingEnv` and
-    :class:`BatchedTargetReachingEnv`, alone or in a ``SerialEnv``; after :meth:`load_state_dict` a step gives what it
-    would have given, to the last bit. Gymnasium's wrappers around them may keep numbers, flags, texts, arrays, running
-    statistics, and lists of these; what a function closes over is not looked into. Of other environments of Gymnasium
-    the random generators are kept, and of environments elsewhere nothing.
+    :class:`BatchedTargetReachingEnv`, alone or in a batch in this process; after :meth:`load_state_dict` a step gives
+    what it would have given, to the last bit. Gymnasium's wrappers around them may keep numbers, flags, texts, arrays,
+    running statistics, and lists of these; what a function closes over is not looked into. Of other environments of
+    Gymnasium the random generators are kept, and of environments elsewhere nothing.
 
     Args:
         env: made like the one whose state is loaded.
@@ -85,6 +86,8 @@ class SimulatorState:
             _load_state(part, state)
 
     def _parts(self) -> list[gymnasium.Env | BatchedTargetReachingEnv]:
+        if isinstance(self.env, GymWrapper) and isinstance(self.env._env, SyncVectorEnv):
+            return list(self.env._env.envs)
         envs = [self.env]
         if isinstance(self.env, SerialEnv):
             if self.env.is_closed:

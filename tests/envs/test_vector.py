@@ -1,0 +1,111 @@
+"""Several environments as one batch, against single ones that are stepped by hand."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.wrappers import TimeLimit
+from torchrl._utils import seed_generator
+from torchrl.collectors import Collector
+from torchrl.data import Bounded
+from torchrl.envs import GymWrapper, SerialEnv
+
+from torchrl_pmoe.envs import make_env
+from torchrl_pmoe.envs.making import make_gym_env
+
+NUM_ENVS, STEPS = 8, 120
+
+
+def short_hopper(steps: int = 25) -> gym.Env:
+    """Falls at some steps, and is cut at others."""
+    return TimeLimit(make_gym_env("Hopper-v4").unwrapped, steps)
+
+
+def short_pendulum() -> gym.Env:
+    return TimeLimit(make_gym_env("Pendulum-v1").unwrapped, 13)
+
+
+@pytest.mark.parametrize("make", [short_hopper, short_pendulum])
+def test_a_batch_takes_the_steps_of_single_environments(make):
+    env = make_env(make, num_envs=NUM_ENVS, seed=5)
+    assert not isinstance(env.base_env, SerialEnv)
+    collector = Collector(env, env.rand_action, frames_per_batch=NUM_ENVS * STEPS, total_frames=-1, trust_policy=True)
+    batch = next(iter(collector))  # [N, T]
+    assert batch["next", "truncated"].any()
+    seed = 5
+    for row in batch:
+        single = make()
+        box = single.action_space
+        single.reset(seed=seed)
+        seed = seed_generator(seed)
+        # the collector resets what was seeded
+        observation, _ = single.reset()
+        for t in range(STEPS):
+            step = row[t]
+            np.testing.assert_array_equal(step["observation"].numpy(), observation.astype(np.float32))
+            action = step["action"].numpy() * (box.high - box.low) / 2 + (box.high + box.low) / 2
+            observation, reward, terminated, truncated, _ = single.step(action)
+            # the last observation of an episode is its own, not the first of the next one
+            np.testing.assert_array_equal(step["next", "observation"].numpy(), observation.astype(np.float32))
+            assert step["next", "reward"].item() == np.float32(reward)
+            ends = [step["next", key].item() for key in ("terminated", "truncated", "done")]
+            assert ends == [terminated, truncated, terminated or truncated]
+            if terminated or truncated:
+                observation, _ = single.reset()
+
+
+def test_a_batch_gives_the_frames_of_serial_environments():
+    batch = make_env("Hopper-v4", num_envs=3, seed=1)
+    serial = SerialEnv(3, partial(make_env, "Hopper-v4"))
+    serial.set_seed(1)
+    assert batch.action_spec == serial.action_spec
+    assert set(batch.specs.keys(True, True)) == set(serial.specs.keys(True, True))
+    found = []
+    for env in (batch, serial):
+        torch.manual_seed(0)
+        found.append(env.rollout(100, break_when_any_done=False))
+    for key in ("observation", "action", "done", ("next", "observation"), ("next", "reward"), ("next", "terminated")):
+        assert found[0][key].dtype == found[1][key].dtype
+        assert torch.equal(found[0][key], found[1][key]), key
+
+
+class Halves(gym.Env):
+    """In half precision throughout."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float16)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float16)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float16), {}
+
+    def step(self, action):
+        assert action.dtype == np.float16
+        return action, 0.0, False, False, {}
+
+
+def test_half_precision_becomes_single():
+    env = make_env(Halves, num_envs=2)
+    assert isinstance(env.action_spec, Bounded)
+    rollout = env.rollout(3)
+    assert rollout["action"].dtype == rollout["observation"].dtype == torch.float32
+    torch.testing.assert_close(rollout["next", "observation"], rollout["action"].half().float())
+
+
+class Raising(Halves):
+    def step(self, action):
+        raise ZeroDivisionError("no")
+
+
+def test_the_error_of_one_environment_is_raised_as_it_is():
+    env = make_env(Raising, num_envs=2)
+    with pytest.raises(ZeroDivisionError, match=r"^no$"):
+        env.rollout(1)
+
+
+def test_an_environment_of_torchrl_runs_in_a_serial_env():
+    env = make_env(lambda: GymWrapper(make_gym_env("Pendulum-v1")), num_envs=2)
+    assert env.rollout(3).shape == (2, 3)
