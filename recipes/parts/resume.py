@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import re
 import shlex
 import shutil
 import sys
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -81,8 +84,7 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
         older = next((found for found in others if _is_whole(found)), None)
         offer = "no older one is whole" if older is None else f"an older one is whole: {older}"
         raise UsageError(f"{path}: must hold a whole checkpoint; {error}; {offer}") from error
-    _refuse_other_config(run, checkpoint, config)
-    return config, checkpoint
+    return _with_last_changes(run, checkpoint, config), checkpoint
 
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
@@ -112,18 +114,30 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _refuse_other_config(run: Path, checkpoint: Path, config: dict[str, Any]) -> None:
-    """Raise for a checkpoint that was copied into the directory of another run."""
+def _with_last_changes(run: Path, checkpoint: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint, with the keys that may change as ``config.yaml`` has them.
+
+    A resumed run writes ``config.yaml`` when it starts, and may be killed before its first checkpoint.
+
+    Raises:
+        UsageError: if another key differs: the checkpoint was copied into the directory of another run.
+    """
     there = read_config(run)
     if there is None:
         raise UsageError(f"{run}: must hold the run's config.yaml, which is missing or damaged")
-    flat = dict(flatten(there))
+    last = dict(flatten(there))
+    config = copy.deepcopy(config)
     for key, value in flatten(config):
-        if not key.startswith(CHANGEABLE) and key != "resume" and flat.get(key) != value:
+        if key.startswith(CHANGEABLE):
+            *groups, name = key.split(".")
+            group: dict[str, Any] = reduce(operator.getitem, groups, config)
+            group[name] = last.get(key, value)
+        elif key != "resume" and last.get(key) != value:
             raise UsageError(
                 f"{run}: must be the run of its checkpoints; {checkpoint.name} was written with {key}={value}, "
-                f"config.yaml has {flat.get(key)}"
+                f"config.yaml has {last.get(key)}"
             )
+    return config
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

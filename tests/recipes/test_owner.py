@@ -331,3 +331,16 @@ def test_a_service_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"logger\.backend=wandb: must be one that can be written to \(ZeroDiv"):
         recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SMALL, "logger.backend=wandb")
     assert not RunDirectory(tmp_path / "run").outputs() or RunDirectory(tmp_path / "run").outputs() == ["logs"]
+
+
+def test_a_service_that_fails_when_it_is_closed_is_a_warning(tmp_path, monkeypatch):
+    service = Service("wandb")
+    begin = service.init
+    monkeypatch.setattr(
+        service, "init", lambda **kwargs: SimpleNamespace(**vars(begin(**kwargs)) | {"finish": lambda: 1 / 0})
+    )
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.setattr(sys.modules["torchrl.record.loggers.wandb"], "_has_wandb", True)
+    with pytest.warns(UserWarning, match=r"the wandb logger could not be closed \(ZeroDivisionError"):
+        recipe_runs.run_here(sac_pmoe, tmp_path / "run", *SMALL, "logger.backend=wandb")
+    assert "checkpoints" in RunDirectory(tmp_path / "run").outputs()

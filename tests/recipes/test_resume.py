@@ -280,6 +280,21 @@ def finished(tmp_path_factory) -> Path:
     return run
 
 
+def test_a_longer_run_stays_longer_though_it_was_killed_before_its_first_checkpoint(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    # what a resumed run writes first
+    text = (run / "config.yaml").read_text()
+    changed = text.replace("total_frames: 240", "total_frames: 300").replace("on_nonfinite: stop", "on_nonfinite: skip")
+    (run / "config.yaml").write_text(changed)
+    values, checkpoint = resume.open_run(run)
+    assert (values["total_frames"], values["on_nonfinite"]) == (300, "skip")
+    assert checkpoint == checkpoints(run)[-1]
+    (run / "config.yaml").write_text(text.replace("batch_size: 16", "batch_size: 32"))
+    with pytest.raises(UsageError, match=r"was written with optim\.batch_size=16, config\.yaml has 32"):
+        resume.open_run(run)
+
+
 def snapshot(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 

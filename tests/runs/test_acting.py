@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded
+from torchrl.envs import GymEnv, InitTracker, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_pmoe import BestOfExpertsActor, PMOEActor
@@ -145,6 +146,19 @@ def test_options_are_of_the_high_level_given_the_option_before(kind):
         assert episode.rewards[t] == pytest.approx(float(reward), abs=1e-4)
     likeliest = episode.experts == episode.weights.argmax(-1)
     assert likeliest.all() == (kind == "deterministic")
+
+
+def test_an_option_ends_with_an_episode_that_the_environment_resets():
+    actor, seen = options(), []
+    env = TransformedEnv(GymEnv("Pendulum-v1", max_episode_steps=5), InitTracker())
+
+    def act(states):
+        seen.append(states["is_init"].item())
+        return actor.act(states, draw_option=False, draw_action=False)
+
+    policy = CarriedOptionPolicy(act)
+    env.rollout(12, policy, break_when_any_done=False)
+    assert seen == [step % 5 == 0 for step in range(12)]
 
 
 @pytest.mark.parametrize("cls", [GatingActor, MCPActor])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict.nn import AddStateIndependentNormalScale, NormalParamExtractor, TensorDictModule, add_custom_mapping
+from tensordict.nn import AddStateIndependentNormalScale, NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType
@@ -62,8 +62,9 @@ class GaussianActor(ProbabilisticActor):
         if log_std_bounds is None:
             scale = AddStateIndependentNormalScale(size, device=device, scale_mapping="exp", init_value=0.0)
         else:
-            add_custom_mapping("clamped_exp", ClampedExp(*log_std_bounds))
-            scale = NormalParamExtractor("clamped_exp", scale_lb=0.0)
+            scale = NormalParamExtractor("exp", scale_lb=0.0)
+            # it takes names alone, and a name of ours would be one for the whole process
+            scale.scale_mapping = ClampedExp(*log_std_bounds)
             for parameter in mlp[-1].parameters():
                 nn.init.uniform_(parameter, -head_init, head_init)
         bounds: dict[str, Any] = {}

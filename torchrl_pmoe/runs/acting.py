@@ -118,9 +118,11 @@ def _keep_gates(actor: ExpertsActor, kept: dict[str, Tensor]) -> None:
 
 
 class CarriedOptionPolicy(TensorDictModuleBase):
-    """A policy over options in episodes that nothing else keeps account of.
+    """A policy over options that needs no transform in the environment.
 
-    An episode begins where no option has been carried; what the policy writes into ``next`` carries it on.
+    It writes its option into ``next``, from where the next step reads it. An episode begins where there is no option
+    yet. An environment that resets by itself between two calls needs TorchRL's ``InitTracker``, whose ``is_init`` is
+    used where it is there.
 
     Args:
         policy: reads ``observation``, ``is_init`` and ``previous_option``.
@@ -135,7 +137,8 @@ class CarriedOptionPolicy(TensorDictModuleBase):
         """Write ``action``, and the option for the next step."""
         begins = "previous_option" not in tensordict
         states = tensordict.copy()
-        states["is_init"] = torch.full((*states.shape, 1), begins, device=states["observation"].device)
+        if begins or "is_init" not in tensordict:
+            states["is_init"] = torch.full((*states.shape, 1), begins, device=states["observation"].device)
         if begins:
             states["previous_option"] = torch.zeros_like(states["is_init"], dtype=torch.int64)
         return self.policy(states)

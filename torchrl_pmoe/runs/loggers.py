@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,11 @@ def run_logger(
             logger.log_hparams({key: _plain(value) for key, value in hparams.items()})
         yield logger
     finally:
-        _close(backend, logger)
+        # the run has ended, and metrics.csv has all that the service may have missed
+        try:
+            _close(backend, logger)
+        except Exception as error:
+            warnings.warn(f"the {backend} logger could not be closed ({type(error).__name__}: {error})", stacklevel=2)
 
 
 def _plain(value: Any) -> int | float | str | bool:
