@@ -47,6 +47,12 @@ SimbaV2's file of results has an evaluation every 16,666 frames, 1/300 of 5,000,
 github.com/adityab/CrossQ, which trains its SAC with these two (``slurm/submit_everything.sh``).
 """
 
+TITLES = {
+    ("sac", "published"): "lr 1e-3, 5,000 random frames",
+    ("sac", "recipe"): "lr 3e-4, 1,000 random frames",
+    ("ppo", "recipe"): "the recipe's defaults",
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -154,22 +160,25 @@ def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
             seeds = band["seed"].nunique()
             ax.fill_between(
                 stats.index, stats["mean"] - stats["std"], stats["mean"] + stats["std"], color="#999999", alpha=0.35,
-                linewidth=0, label=f"{source}, {seeds} seeds, ± std",
+                linewidth=0, label=f"{source}; mean ± std of {seeds} seeds",
             )  # fmt: skip
             ax.plot(stats.index, stats["mean"], color="#666666", linestyle="--", linewidth=1)
         for library, runs in here.groupby("trained_by", sort=False):
             for _, run in runs.groupby("seed"):
                 ax.plot(run["frames"], run["return_mean"], color=COLORS[library], alpha=0.4, linewidth=0.9)
             mean = runs.groupby("frames")["return_mean"].mean()
-            number = runs["seed"].nunique()
-            label = f"{library}, {number} seed{'s' * (number > 1)}"
-            ax.plot(mean.index, mean, color=COLORS[library], linewidth=2.2, label=label)
-        ax.set(title=f"{algorithm.upper()}, {env}, {settings} settings", xlabel="frames", ylabel="evaluation return")
+            ax.plot(mean.index, mean, color=COLORS[library], linewidth=2.2, label=f"{library}, mean over seeds")
+        ax.set(
+            title=f"{algorithm.upper()}, {env}\n{TITLES[algorithm, settings]}",
+            xlabel="frames",
+            ylabel="evaluation return",
+        )
         ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.yaxis.set_major_formatter("{x:,.0f}")
         ax.tick_params(axis="x", labelrotation=30)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize="small", loc="upper left")
+    entries = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(entries.values(), entries, fontsize="small", loc="outside lower left")
     fig.savefig(path, dpi=120)
 
 

@@ -31,7 +31,7 @@ from torchrl_pmoe.envs import EnvironmentFault, make_env
 from torchrl_pmoe.envs.making import make_gym_env
 
 SB3, STOCK = "Stable-Baselines3", "TorchRL's parts in a loop"
-BACKENDS = ("serial", "parallel", "envpool", "mjx")
+BACKENDS = ("serial", "threads", "parallel", "envpool", "mjx")
 POLICIES = {
     "gaussian": ["policy=gaussian"],
     "pmoe": ["policy=pmoe"],

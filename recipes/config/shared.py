@@ -100,7 +100,10 @@ class Collector:
     """Where frames come from."""
 
     num_envs: Annotated[Integer, Field(ge=1, le=2**20)] = field(1, "environments")
-    backend: Backend = field("serial", "one after the other | processes | extra envpool | extra mjx (device=cuda too)")
+    backend: Backend = field(
+        "serial",
+        "one after the other | threads, for long steps | processes | extra envpool | extra mjx (device=cuda too)",
+    )
 
     def described(self) -> str:
         """How many environments there are, and where they run."""

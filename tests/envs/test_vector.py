@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from threading import Barrier
 
 import gymnasium as gym
 import numpy as np
@@ -15,7 +16,8 @@ from torchrl.data import Bounded
 from torchrl.envs import GymWrapper, SerialEnv
 
 from torchrl_pmoe.envs import make_env
-from torchrl_pmoe.envs.making import make_gym_env
+from torchrl_pmoe.envs.making import EnvironmentFault, make_gym_env
+from torchrl_pmoe.envs.vector import ThreadedVectorEnv
 
 NUM_ENVS, STEPS = 8, 120
 
@@ -58,8 +60,9 @@ def test_a_batch_takes_the_steps_of_single_environments(make):
                 observation, _ = single.reset()
 
 
-def test_a_batch_gives_the_frames_of_serial_environments():
-    batch = make_env("Hopper-v4", num_envs=3, seed=1)
+@pytest.mark.parametrize("backend", ["serial", "threads"])
+def test_a_batch_gives_the_frames_of_serial_environments(backend):
+    batch = make_env("Hopper-v4", num_envs=3, seed=1, backend=backend)
     serial = SerialEnv(3, partial(make_env, "Hopper-v4"))
     serial.set_seed(1)
     assert batch.action_spec == serial.action_spec
@@ -100,12 +103,41 @@ class Raising(Halves):
         raise ZeroDivisionError("no")
 
 
-def test_the_error_of_one_environment_is_raised_as_it_is():
-    env = make_env(Raising, num_envs=2)
+@pytest.mark.parametrize("backend", ["serial", "threads"])
+def test_the_error_of_one_environment_is_raised_as_it_is(backend):
+    env = make_env(Raising, num_envs=2, backend=backend)
     with pytest.raises(ZeroDivisionError, match=r"^no$"):
         env.rollout(1)
 
 
+class Meeting(Halves):
+    """Its step ends when two of them are on the way."""
+
+    together = Barrier(2, timeout=600)
+
+    def step(self, action):
+        self.together.wait()
+        return super().step(action)
+
+
+def test_steps_on_threads_overlap():
+    vector = ThreadedVectorEnv([Meeting, Meeting, Meeting, Meeting], num_threads=2)
+    vector.reset(seed=0)
+    action = np.linspace(-1, 1, 8, dtype=np.float16).reshape(4, 2)
+    observation, *_ = vector.step(action)
+    np.testing.assert_array_equal(observation, action)
+    vector.close()
+
+
+def own():
+    return GymWrapper(make_gym_env("Pendulum-v1"))
+
+
 def test_an_environment_of_torchrl_runs_in_a_serial_env():
-    env = make_env(lambda: GymWrapper(make_gym_env("Pendulum-v1")), num_envs=2)
-    assert env.rollout(3).shape == (2, 3)
+    assert make_env(own, num_envs=2).rollout(3).shape == (2, 3)
+    with pytest.raises(
+        EnvironmentFault, match="must be serial or parallel with env=own, which TorchRL makes"
+    ):
+        make_env(own, num_envs=2, backend="threads")
+    with pytest.raises(EnvironmentFault, match="must be serial or parallel with env=dm_control:cheetah-run, which"):
+        make_env("dm_control:cheetah-run", num_envs=2, backend="threads")

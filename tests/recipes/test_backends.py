@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_keeps_its_choice():
     [
         ("collector.backend=envpool", "serial or parallel without the package envpool: pip install"),
         ("collector.backend=mjx", "serial or parallel without jax and mujoco-mjx: pip install"),
-        ("collector.backend=brax", "one of serial, parallel, envpool, mjx"),
+        ("collector.backend=brax", "one of serial, threads, parallel, envpool, mjx"),
     ],
 )
 def test_a_backend_that_is_missing_is_refused(override, allowed, nothing_installed):

@@ -31,8 +31,9 @@ from torchrl_pmoe.envs.vector import batched_gym_env
 
 __all__ = ["Backend", "Env", "EnvironmentFault", "full_id", "make_env", "make_gym_env", "try_env", "worker_fault"]
 
-Backend = Literal["serial", "parallel", "envpool", "mjx"]
-"""Where a batch of environments runs: one after the other in this process, one process each, EnvPool, or MJX."""
+Backend = Literal["serial", "threads", "parallel", "envpool", "mjx"]
+"""Where a batch of environments runs: one after the other or on threads in this process, one process each, EnvPool, or
+MJX."""
 
 _FLOATS = (np.float16, np.float32, np.float64)
 
@@ -112,21 +113,28 @@ def make_env(
         made.fault_file = fault_file
         weakref.finalize(made, Path(fault_file).unlink, missing_ok=True)
     else:
-        made = _make_serial(env, num_envs, env_kwargs, clip_actions=clip_actions)
+        threads = backend == "threads"
+        made = _make_in_process(env, num_envs, env_kwargs, clip_actions=clip_actions, threads=threads)
     made.set_seed(seed)
     return made
 
 
-def _make_serial(env: Env, num_envs: int, env_kwargs: Mapping[str, Any] | None, *, clip_actions: bool) -> EnvBase:
+def _make_in_process(
+    env: Env, num_envs: int, env_kwargs: Mapping[str, Any] | None, *, clip_actions: bool, threads: bool
+) -> EnvBase:
     single = partial(_make_single, env, env_kwargs, clip_actions=clip_actions)
     if num_envs == 1:
         return single()
     make = partial(make_gym_env, env, env_kwargs)
     with closing(make()) as first:
         of_torchrl = isinstance(first, GymnasiumView)
-    if of_torchrl:
-        return SerialEnv(num_envs, single)
-    return _as_torchrl(batched_gym_env(make, num_envs), clip_actions=clip_actions)
+    if not of_torchrl:
+        return _as_torchrl(batched_gym_env(make, num_envs, threads=threads), clip_actions=clip_actions)
+    if threads:
+        raise EnvironmentFault(
+            f"backend=threads: must be serial or parallel with env={_shown(env)}, which TorchRL makes"
+        )
+    return SerialEnv(num_envs, single)
 
 
 def _make_single(
@@ -155,6 +163,9 @@ def unavailable(backend: Backend, name: Env, env_kwargs: Mapping[str, Any] | Non
         return "with a function that makes the environment"
     # in this order: EnvPool is asked for its tasks only where it is installed
     reasons: dict[str, list[tuple[Callable[[], bool], str]]] = {
+        "threads": [
+            (lambda: isinstance(name, str) and library_of(name) is not None, f"with env={name}, which TorchRL makes"),
+        ],
         "envpool": [
             (lambda: find_spec("envpool") is None, "without the package envpool: pip install envpool"),
             (lambda: not EnvPoolEnv.available(str(name)), f"with env={name}, which EnvPool does not have"),
