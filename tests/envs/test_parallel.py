@@ -42,7 +42,6 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("case", "sent", "status", "tracebacks"),
     [
-        ("leave", None, 0, 0),
         ("raise", None, 1, 1),
         ("interrupt", signal.SIGINT, -signal.SIGINT, 1),
         ("start", signal.SIGINT, -signal.SIGINT, 1),

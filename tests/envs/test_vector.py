@@ -135,9 +135,7 @@ def own():
 
 def test_an_environment_of_torchrl_runs_in_a_serial_env():
     assert make_env(own, num_envs=2).rollout(3).shape == (2, 3)
-    with pytest.raises(
-        EnvironmentFault, match="must be serial or parallel with env=own, which TorchRL makes"
-    ):
+    with pytest.raises(EnvironmentFault, match="must be serial or parallel with env=own, which TorchRL makes"):
         make_env(own, num_envs=2, backend="threads")
     with pytest.raises(EnvironmentFault, match="must be serial or parallel with env=dm_control:cheetah-run, which"):
         make_env("dm_control:cheetah-run", num_envs=2, backend="threads")
