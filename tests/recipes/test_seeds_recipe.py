@@ -99,7 +99,7 @@ def test_every_agent_reads_its_own_frames_each_drawn_for_itself():
     [
         ("replay_buffer.prb=True", "false with num_seeds=2"),
         ("acting=best_of_experts", "policy with num_seeds=2"),
-        ("collector.backend=parallel", "serial, envpool or mjx with num_seeds=2"),
+        ("collector.backend=parallel", "serial, threads, envpool or mjx with num_seeds=2"),
         ("optim.router_lr=0.001", "null with num_seeds=2"),
     ],
 )
