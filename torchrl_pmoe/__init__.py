@@ -3,7 +3,13 @@
 from torchrl_pmoe.baselines import DACLoss, DoubleGAE, GatingActor, MCPActor, OptionActor
 from torchrl_pmoe.distributions import NormalMixture, RoutingGradient, TanhNormalMixture
 from torchrl_pmoe.envs import BatchedTargetReachingEnv, TargetReachingEnv
-from torchrl_pmoe.modules import BestOfExpertsActor, MeanOfDrawnExpertActor, MixtureParamExtractor, PMOEActor
+from torchrl_pmoe.modules import (
+    BestOfExpertsActor,
+    CommittedExpertsActor,
+    MeanOfDrawnExpertActor,
+    MixtureParamExtractor,
+    PMOEActor,
+)
 from torchrl_pmoe.objectives import PMOEClipPPOLoss, PMOESACLoss, PMOETQCLoss
 
 __version__ = "0.1.0"
@@ -11,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchedTargetReachingEnv",
     "BestOfExpertsActor",
+    "CommittedExpertsActor",
     "DACLoss",
     "DoubleGAE",
     "GatingActor",

@@ -10,7 +10,8 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
-from torchrl.data import TensorSpec
+from torchrl.data import TensorSpec, Unbounded
+from torchrl.envs import TensorDictPrimer
 from torchrl.modules import IndependentNormal, ProbabilisticActor, SafeProbabilisticModule, TanhNormal
 
 from torchrl_pmoe.distributions import NormalMixture, TanhNormalMixture
@@ -25,7 +26,7 @@ from torchrl_pmoe.modules.networks import (
 )
 from torchrl_pmoe.modules.specs import refuse_unknown, single_action, try_distribution, with_bounds
 
-__all__ = ["BestOfExpertsActor", "ExpertsActor", "MeanOfDrawnExpertActor", "PMOEActor"]
+__all__ = ["BestOfExpertsActor", "CommittedExpertsActor", "ExpertsActor", "MeanOfDrawnExpertActor", "PMOEActor"]
 
 _PARAMS = ("logits", "loc", "scale")
 
@@ -296,3 +297,92 @@ class MeanOfDrawnExpertActor(TensorDictModuleBase):
         dist = self.actor.get_dist(tensordict)
         # means [*B, K, A], the drawn expert [*B]
         return tensordict.set(self.action_key, take_expert(dist.expert_mode, dist.sample_expert()))
+
+
+class CommittedExpertsActor(TensorDictModuleBase):
+    """Keeps to one expert for a while: draws it from the router at the start of an episode, then every so many steps.
+
+    A policy that draws an expert at every step mixes ways of doing a task within one episode. Here an expert acts until
+    its time is over, so what it has learned becomes a route of its own.
+
+    What the actor remembers travels in the tensordict. It reads ``expert`` and ``steps_left`` of the step before, and
+    writes the expert that acts now, and for how many steps it still acts after this one; both again under ``next``,
+    where the following step finds them. Give the environment the transform of :meth:`make_tensordict_primer`, and a
+    collector or a rollout does the rest. ``is_init`` of TorchRL's ``InitTracker`` begins an episode where it is there;
+    an entry that is missing begins one too.
+
+    The expert is drawn whatever the exploration type. It acts by a draw, or by its mean with ``deterministic=True`` and
+    under exploration types other than ``RANDOM``.
+
+    Args:
+        actor: whose ``get_dist`` returns a mixture, ``[*B]`` states to ``K`` experts.
+
+    Keyword Args:
+        commit_steps: for how many steps an expert acts; the whole episode, if not given.
+        deterministic: act by the mean of the expert, the squashed loc.
+
+    Raises:
+        ValueError: if ``commit_steps`` is below 1.
+
+    Examples:
+        >>> actor = CommittedExpertsActor(PMOEActor(4, spec=Bounded(-1, 1, (1,)), in_features=3), commit_steps=10)
+        >>> env = GymEnv("Pendulum-v1").append_transform(InitTracker()).append_transform(actor.make_tensordict_primer())
+        >>> env.rollout(30, actor)["expert"].squeeze(-1).unique_consecutive().numel() <= 3
+        True
+    """
+
+    expert_key, steps_left_key, is_init_key = "expert", "steps_left", "is_init"
+
+    def __init__(
+        self, actor: ProbabilisticActor, *, commit_steps: int | None = None, deterministic: bool = False
+    ) -> None:
+        super().__init__()
+        if commit_steps is not None and (type(commit_steps) is not int or commit_steps < 1):
+            raise ValueError(f"commit_steps must be an integer of at least 1, or None, got {commit_steps!r}.")
+        self.actor = actor
+        # no episode is longer than the largest integer
+        self.commit_steps = torch.iinfo(torch.int64).max if commit_steps is None else commit_steps
+        self.deterministic = deterministic
+        self.action_key = actor[-1].dist_sample_keys[0]
+        self.in_keys = actor.in_keys
+        state = [self.expert_key, self.steps_left_key]
+        self.out_keys = [self.action_key, *state, *(("next", key) for key in state)]
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """Transform that gives an environment the entries ``expert`` and ``steps_left``, ``[*B, 1]``."""
+        spec = Unbounded(shape=(1,), dtype=torch.int64)
+        return TensorDictPrimer(
+            {self.expert_key: spec, self.steps_left_key: spec.clone()}, default_value=0, expand_specs=True
+        )
+
+    def get_dist(self, tensordict: TensorDictBase) -> NormalMixture:
+        """The wrapped actor's mixture."""
+        return self.actor.get_dist(tensordict)
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action, the expert that acts, and its steps that are left into ``tensordict``."""
+        dist = self.actor.get_dist(tensordict)
+        expert, left = self._committed(tensordict, dist)  # [*B], or [*B, *G] of the agents of a group
+        kind = interaction_type() or self.actor[-1].default_interaction_type
+        by_mean = self.deterministic or kind is not InteractionType.RANDOM
+        proposals = dist.expert_mode if by_mean else dist.propose().action  # [*B, K, A]
+        tensordict.set(self.action_key, take_expert(proposals, expert))
+        for key, value in ((self.expert_key, expert), (self.steps_left_key, left)):
+            tensordict.set(key, value.unsqueeze(-1))
+            tensordict.set(("next", key), value.unsqueeze(-1).clone())
+        return tensordict
+
+    def _committed(self, tensordict: TensorDictBase, dist: NormalMixture) -> tuple[Tensor, Tensor]:
+        """The expert that acts in each state, and for how many steps after this one."""
+        drawn = dist.sample_expert()
+        expert, left = (tensordict.get(key, None) for key in (self.expert_key, self.steps_left_key))
+        if expert is None or left is None:
+            return drawn, torch.full_like(drawn, self.commit_steps - 1)
+        expert, left = expert.squeeze(-1), left.squeeze(-1)
+        begins = left <= 0
+        is_init = tensordict.get(self.is_init_key, None)
+        if is_init is not None:
+            # [*B, 1] to [*B], with a one for each dimension of agents
+            begins = begins | is_init.reshape((*tensordict.shape, *[1] * (begins.ndim - tensordict.ndim)))
+        return torch.where(begins, drawn, expert), torch.where(begins, self.commit_steps, left) - 1
