@@ -180,6 +180,7 @@ def experiment(cfg: TargetReachingConfig, directory: Path) -> None:
         interrupted.advice = how_to_resume(directory)
         raise
     print(routes_report.report(directory, list(configs), task.task, cfg.exploration_frames))
+    RunDirectory(directory).finish(cfg.total_frames)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="target_reaching")

@@ -453,7 +453,7 @@ def train_and_record(
     trainer.checkpoint.save_components = frozenset(trainer.checkpoint.components) - checkpoints.unsaved
     if checkpoint is not None:
         _resume(trainer, run_dir, checkpoint, recorded, number, finished=only_if_unfinished)
-        if trainer.collected_frames >= trainer.total_frames and not recorded.given_up:
+        if only_if_unfinished and trainer.collected_frames >= trainer.total_frames and not recorded.given_up:
             recorded.close()
             return
         on_resume()
@@ -491,6 +491,7 @@ def train_and_record(
             run_to_the_end(trainer, run_dir, recorded, received, lambda: _draw(agents, metrics))
     if stepper.on_nonfinite == "skip":
         print(f"{stepper.skipped} updates were skipped")
+    RunDirectory(run_dir).finish(trainer.total_frames // number)
     print(what_next(run_dir, agents, [one.last for one in metrics]))
 
 
@@ -541,7 +542,12 @@ def _resume(
         directory.resume(trainer, checkpoint)
     except CheckpointError as error:
         raise UsageError(f"resume={does_not_fit(checkpoint, error)}") from error
-    if trainer.collected_frames >= trainer.total_frames and not (finished or recorded.given_up):
+    beyond = trainer.collected_frames - trainer.total_frames
+    # a run that was killed between its last checkpoint and its end still has its picture to draw
+    killed = beyond < trainer.collector.requested_frames_per_batch and not directory.finished(
+        trainer.total_frames // agents
+    )
+    if beyond >= 0 and not (finished or recorded.given_up or killed):
         raise UsageError(
             f"total_frames={trainer.total_frames // agents}: must be above the {trainer.collected_frames // agents} "
             f"frames that resume={checkpoint} has"

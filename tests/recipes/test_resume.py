@@ -19,7 +19,7 @@ import recipe_runs
 import torch
 from recipe_runs import assert_one_line, in_background, start, timeless_rows, wait_for
 
-from torchrl_pmoe.runs import Evaluator, VerifiedCheckpoint
+from torchrl_pmoe.runs import Evaluator, RunDirectory, VerifiedCheckpoint
 
 import dac  # isort: skip
 import ppo_pmoe  # isort: skip
@@ -242,6 +242,26 @@ def test_a_signal_in_an_evaluation_gives_it_up_and_the_run_goes_on_with_it(
     if which == -1:
         with pytest.raises(UsageError, match="must be above the"):
             go_on_here(recipe, tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "small"), [(sac_pmoe, SAC), (sac_many_seeds, [*SAC, "num_seeds=2"])], ids=["sac", "seeds"]
+)
+def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_end_comes_to_its_end(recipe, small, tmp_path):
+    run = tmp_path / "run"
+    recipe_runs.run_here(recipe, run, *small)
+    agents = [run / "seed0", run / "seed1"] if recipe is sac_many_seeds else [run]
+    before = [timeless_rows(agent) for agent in agents]
+    for left in (RunDirectory(run).path / RunDirectory.FINISHED, *(agent / "learning_curve.png" for agent in agents)):
+        left.unlink()
+    with pytest.raises(UsageError, match="must be above the"):
+        go_on_here(recipe, run, total_frames=200)  # it has more than that
+    go_on_here(recipe, run)
+    assert RunDirectory(run).finished(240)
+    assert [timeless_rows(agent) for agent in agents] == before
+    assert all((agent / "learning_curve.png").is_file() for agent in agents)
+    with pytest.raises(UsageError, match="must be above the"):
+        go_on_here(recipe, run)
 
 
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(tmp_path):

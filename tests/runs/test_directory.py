@@ -123,3 +123,14 @@ def test_what_a_run_has_left_is_known_from_what_a_user_has(tmp_path):
     for name in ("notes.txt", "seeds.txt", ".lock", "seed0", "metrics.csv", "checkpoints"):
         (tmp_path / name).mkdir()
     assert RunDirectory(tmp_path).outputs() == ["checkpoints", "metrics.csv", "seed0"]
+
+
+def test_a_run_has_finished_when_it_says_so_with_enough_frames(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert not run.finished(1)
+    run.finish(100)
+    assert run.finished(100)
+    assert not run.finished(101)  # it is to go on for longer
+    assert run.outputs() == [RunDirectory.FINISHED]
+    (tmp_path / RunDirectory.FINISHED).write_text("")
+    assert not run.finished(1)

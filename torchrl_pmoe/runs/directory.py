@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from torchrl.checkpoint import CheckpointRotation
 from torchrl.trainers import Trainer
 
+from torchrl_pmoe.runs.files import replace_file
+
 __all__ = ["DirectoryInUseError", "RunDirectory"]
 
 # what flock says where a file system has none, or a network file system whose server keeps none
@@ -46,6 +48,8 @@ class RunDirectory:
     """The directory of the checkpoints, ``checkpoint-<frames>`` each."""
     LOCK = ".lock"
     """The file that is locked. It names the process, and is there while the directory is owned."""
+    FINISHED = "finished"
+    """The file that a run writes last. It holds the number of frames that the run was asked for."""
     OUTPUTS = (
         "config.yaml",
         "metrics.csv",
@@ -57,6 +61,7 @@ class RunDirectory:
         "seed[0-9]*",
         "episodes.npz",
         "routes.csv",
+        "finished",
     )
     """What a run writes, as patterns."""
 
@@ -73,6 +78,25 @@ class RunDirectory:
             return []
         names = [path for path in self.path.iterdir() if any(path.match(pattern) for pattern in self.OUTPUTS)]
         return sorted(path.name for path in names)
+
+    def finish(self, frames: int) -> None:
+        """Note that a run has come to its end, as the last thing that the run does.
+
+        Args:
+            frames: that it was asked for.
+        """
+        replace_file(self.path / self.FINISHED, f"{frames}\n")
+
+    def finished(self, frames: int) -> bool:
+        """Whether the run in the directory has come to its end with this many frames, or with more.
+
+        Args:
+            frames: that it is to have.
+        """
+        try:
+            return int((self.path / self.FINISHED).read_text(encoding="utf-8")) >= frames
+        except (OSError, ValueError):
+            return False
 
     def rotation(self, keep: int = 2) -> CheckpointRotation:
         """The checkpoints of the run, for ``Trainer(checkpoint_rotation=...)``.
