@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -113,8 +113,8 @@ def kinds(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
     return found
 
 
-def over_seeds(runs: Sequence[Run]) -> tuple[np.ndarray, Estimate]:
-    """Frames ``[T]`` at which all runs were evaluated, and their mean return there with its interval."""
+def common_frames(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """Frames ``[T]`` at which all runs were evaluated, and their returns there, ``[seeds, T]``."""
     frames = runs[0].frames
     for run in runs[1:]:
         frames = np.intersect1d(frames, run.frames)
@@ -122,24 +122,52 @@ def over_seeds(runs: Sequence[Run]) -> tuple[np.ndarray, Estimate]:
         # one of them has come nowhere yet: the longest stands for all
         runs = [max(runs, key=lambda run: len(run.frames))]
         frames = runs[0].frames
-    samples = np.stack([run.returns[np.isin(run.frames, frames)][: len(frames)] for run in runs])  # [seeds, T]
-    return frames, mean_interval(samples)
+    return frames, np.stack([run.returns[np.isin(run.frames, frames)][: len(frames)] for run in runs])
 
 
-def draw(found: dict[str, dict[str, list[Run]]], path: Path) -> None:
-    """One panel a task."""
-    labels = list(dict.fromkeys(label for here in found.values() for label in here))
+def over_seeds(
+    runs: Sequence[Run], estimate: Callable[[np.ndarray], Estimate] = mean_interval
+) -> tuple[np.ndarray, Estimate]:
+    """Frames ``[T]`` at which all runs were evaluated, and what their returns there say together.
+
+    Args:
+        runs: one for each seed.
+        estimate: reads returns ``[seeds, T]``.
+    """
+    frames, samples = common_frames(runs)
+    return frames, estimate(samples)
+
+
+def styles_of(found: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, Any]]:
+    """The style of each kind's line, the same in every picture."""
     policies = {label: str(runs[0].config.get("policy")) for here in found.values() for label, runs in here.items()}
-    styles = line_styles([policies[label] for label in labels])
+    return dict(zip(policies, line_styles(list(policies.values())), strict=True))
+
+
+def draw(
+    found: dict[str, dict[str, list[Run]]],
+    path: Path,
+    estimate: Callable[[np.ndarray], Estimate] = mean_interval,
+    name: str = "mean",
+) -> None:
+    """One panel a task.
+
+    Args:
+        found: runs by task and kind.
+        path: of the picture.
+        estimate: what the lines are, see :func:`over_seeds`.
+        name: of that.
+    """
+    styles = styles_of(found)
     fig, axes = subplots(1, len(found), figsize=(6.2 * len(found) + 0.5, 4.4), squeeze=False)
     for ax, (env, here) in zip(axes[0], found.items(), strict=True):
         for label, runs in here.items():
-            frames, mean = over_seeds(runs)
-            style = styles[labels.index(label)]
+            frames, mean = over_seeds(runs, estimate)
+            style = styles[label]
             ax.plot(frames, mean.value, linewidth=2, label=f"{label} ({len(runs)})", **style)
             if len(runs) > 1:
                 ax.fill_between(frames, mean.low, mean.high, color=style["color"], alpha=0.15, linewidth=0)
-        ax.set(title=env, xlabel="frames", ylabel="evaluation return, mean and 95 % interval over seeds")
+        ax.set(title=env, xlabel="frames", ylabel=f"evaluation return, {name} and 95 % interval over seeds")
         ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.yaxis.set_major_formatter("{x:,.0f}")
         ax.tick_params(axis="x", labelrotation=30)
@@ -166,7 +194,9 @@ def table(found: dict[str, dict[str, list[Run]]]) -> Iterator[str]:
             yield f"| {env} | {label} | {len(runs)} | {int(frames[-1]):,} | {value} |"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
     def error(self, message: str) -> NoReturn:
         """Without the usage."""
         process.complain(f"error: {message}; --help tells more")
@@ -177,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read, draw, print; the exit status."""
     assert __doc__ is not None
     first, _, rest = __doc__.partition("\n")
-    parser = _Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run, or a directory with runs in it")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the picture (comparison.png)")
     args = parser.parse_args(argv)

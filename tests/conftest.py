@@ -14,6 +14,7 @@ LONGEST_FIRST = (
     "test_endings.py",
     "test_target_reaching_recipe.py",
     "test_owner.py",
+    "test_sweep_kills.py",
     "test_speed_benchmarks.py",
 )
 """Files whose tests take longest: begun at the end, one of them would keep one core busy while the other has none."""

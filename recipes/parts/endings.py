@@ -58,7 +58,8 @@ def finish_on_signal(trainer: Trainer, received: list[int]) -> Iterator[None]:
         trainer.request_stop(name)
         # print() is not allowed in the middle of another print(), and the reader may have ended by the same signal
         with suppress(OSError):
-            os.write(2, b"\nstopping: this batch is finished and a checkpoint written (once more: at once)\n")
+            line = f"\n{process.STOPPING}this batch is finished and a checkpoint written (once more: at once)\n"
+            os.write(2, line.encode())
         trainer.optimization_stepper.stop_compiling()
 
     for number in before:

@@ -93,3 +93,55 @@ def probability_of_improvement(x: ArrayLike, y: ArrayLike, seed: int = 0) -> Est
         seed: of the bootstrap.
     """
     return _bootstrapped([x, y], _improvement, seed, axis=-1)
+
+
+# ------------------------------------------------------------------------------------------ over several tasks
+#
+# A stratified bootstrap draws the seeds of each task anew, independently of those of the others, which is what SciPy
+# does with several samples.
+
+
+def _pooled(statistic: Callable[..., NDArray[np.float64]]) -> Callable[..., NDArray[np.float64]]:
+    """A statistic of the runs of all tasks together."""
+    return lambda *tasks, axis: statistic(np.concatenate(tasks, axis=axis), axis=axis)
+
+
+def interquartile_mean_over_tasks(tasks: Sequence[ArrayLike], seed: int = 0) -> Estimate:
+    """Mean of the middle half of the runs of all tasks, with its 95 % stratified bootstrap interval.
+
+    Args:
+        tasks: of each, one score per seed, in units that all tasks share.
+        seed: of the bootstrap.
+    """
+    return _bootstrapped(tasks, _pooled(_middle_half), seed, axis=-1)
+
+
+def probability_of_improvement_over_tasks(pairs: Sequence[tuple[ArrayLike, ArrayLike]], seed: int = 0) -> Estimate:
+    """The mean over tasks of :func:`probability_of_improvement`, with its 95 % stratified bootstrap interval.
+
+    Args:
+        pairs: of each task, one value per seed of both.
+        seed: of the bootstrap.
+    """
+
+    def improvement(*samples: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        half = len(samples) // 2
+        each = [_improvement(x, y, axis) for x, y in zip(samples[:half], samples[half:], strict=True)]
+        return np.mean(each, axis=0)
+
+    return _bootstrapped([x for x, _ in pairs] + [y for _, y in pairs], improvement, seed, axis=-1)
+
+
+def performance_profile(tasks: Sequence[ArrayLike], levels: ArrayLike, seed: int = 0) -> Estimate:
+    """Which part of the runs has a score above each level, with its 95 % stratified bootstrap interval.
+
+    Args:
+        tasks: of each, one score per seed, in units that all tasks share.
+        levels: of the score, ``[L]``.
+        seed: of the bootstrap.
+
+    Returns:
+        Arrays ``[L]``.
+    """
+    above = [np.asarray(scores)[:, None] > np.asarray(levels) for scores in tasks]  # [seeds, L] each
+    return _bootstrapped(above, _pooled(np.mean), seed, axis=0)

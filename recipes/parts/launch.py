@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from parts import process
 from parts.errors import Interrupted, RunError, UsageError, cause
-from parts.resume import CHANGEABLE, from_here, how_to_resume, open_run, resume_argument, run_of
+from parts.resume import CHANGEABLE, from_here, how_to_resume, interpreter, open_run, resume_argument, run_of
 from parts.training import prepare_torch
 from torchrl_pmoe.envs import EnvironmentFault
 from torchrl_pmoe.runs import DirectoryInUseError, RunDirectory
@@ -62,6 +63,8 @@ def launch(main: Callable[[], None], config_class: type) -> None:
         print(f"torchrl_pmoe {version('torchrl_pmoe')}")
         return
     process.ready()
+    if {"-m", "--multirun"} & set(sys.argv[1:]) and Path(sys.argv[0]).stem != "sweep":
+        print(f"a sweep that goes on after a stop, several runs at a time: {sweep_command()}")
     sweep.parent = os.getpid()
     try:
         _launch(main, config_class)
@@ -69,6 +72,13 @@ def launch(main: Callable[[], None], config_class: type) -> None:
         sweep.tell()
     if sweep.failed:
         sys.exit(min(job.status for job in sweep.failed))
+
+
+def sweep_command() -> str:
+    """The command of ``sweep.py`` that does what this command with Hydra's ``-m`` does."""
+    script = Path(sys.argv[0])
+    given = [arg for arg in sys.argv[1:] if not arg.startswith("-") and not arg.startswith("hydra.")]
+    return shlex.join([interpreter(), str(script.with_name("sweep.py")), f"recipe={script.stem}", *given])
 
 
 def _launch(main: Callable[[], None], config_class: type) -> None:
@@ -80,7 +90,7 @@ def _launch(main: Callable[[], None], config_class: type) -> None:
         with patch.object(ArgumentParser, "error", bad_flag):
             main()
     except (HydraException, OmegaConfBaseException) as error:
-        _stop(_hydra_line(error, config_class), 2)
+        _stop(f"error: {hydra_line(error, config_class)}", 2)
     except ValueError as error:
         # Hydra's flags that exclude each other; errors of a job were printed already
         _stop(f"error: {' '.join(str(error).split())}", 2)
@@ -95,22 +105,30 @@ def _launch(main: Callable[[], None], config_class: type) -> None:
         _stop("interrupted", 130)
 
 
-def _hydra_line(error: Exception, config_class: type) -> str:
+def hydra_line(error: Exception, config_class: type, arguments: Sequence[str] | None = None) -> str:
+    """What Hydra refuses, in one line.
+
+    Args:
+        error: that Hydra has raised.
+        config_class: the typed config of the recipe.
+        arguments: of the command line; those of this process by default.
+    """
     if isinstance(error, OverrideParseException):
-        return f"error: {error.override}: must be written key=value"
+        return f"{error.override}: must be written key=value"
     message = " ".join(str(error).split())
     found = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", message)
     known = list(described_keys(config_class))
     if found is None:
-        return f"error: {message}"
+        return message
     key = found[1].split("=")[0].lstrip("+~")
-    given = [arg.split("=", 1)[1] for arg in sys.argv[1:] if arg.lstrip("+~").startswith(f"{key}=")]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = [arg.split("=", 1)[1] for arg in arguments if arg.lstrip("+~").startswith(f"{key}=")]
     if key in known or key.startswith("hydra."):
-        return f"error: {message}"
+        return message
     if key.startswith("env_kwargs."):
         value = "".join(given[:1])
-        return f"error: {key}={value}: must be written +{key}={value}, an argument of the environment is a new key"
-    return f"error: {unknown_key(key, ''.join(given[:1]), known)}"
+        return f"{key}={value}: must be written +{key}={value}, an argument of the environment is a new key"
+    return unknown_key(key, "".join(given[:1]), known)
 
 
 def start_or_resume(cfg: DictConfig, config_class: type, resolve: Callable[[Any], Any], train: Callable) -> None:

@@ -19,6 +19,8 @@ from types import FrameType, TracebackType
 
 TRACEBACK = "error.log"
 """The file of a run directory that holds the traceback of what ended the run."""
+STOPPING = "stopping: "
+"""The beginning of the line that a recipe prints as soon as a signal has told it to stop."""
 
 
 def begin() -> None:

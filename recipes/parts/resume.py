@@ -219,8 +219,12 @@ def interpreter() -> str:
 
 def resume_argument(run: Path) -> str:
     """The override ``resume=...`` for a run, quoted as Hydra needs it."""
-    where = from_here(run)
-    return f"resume={where if _is_plain(where) else _quoted(literal(where))}"
+    return text_argument("resume", from_here(run))
+
+
+def text_argument(key: str, text: str) -> str:
+    """An override with any text, quoted as Hydra needs it."""
+    return f"{key}={text if _is_plain(text) else _quoted(literal(text))}"
 
 
 def _is_plain(text: str) -> bool:
