@@ -21,6 +21,7 @@ from torchrl_pmoe.runs import RunDirectory, load_policy, read_metrics
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import sac_pmoe
+from config.sweep import read_command, table
 from parts.launch import read
 from parts.networks import POLICIES
 
@@ -78,7 +79,10 @@ def test_commands_of_a_page_have_keys_that_the_recipe_has(page):
         options = [word for word in arguments if word.startswith("--")]
         code = path.read_text(encoding="utf-8")
         assert all(option.replace("--no-", "--") in code or option == "--help" for option in options), command
-        if path.parent == RECIPES and (RECIPES / "config" / f"{path.stem}.yaml").is_file():
+        if path.stem == "sweep" and not options:
+            cfg, overrides = read_command(arguments)
+            assert table(cfg.recipe, overrides), command
+        elif path.parent == RECIPES and (RECIPES / "config" / f"{path.stem}.yaml").is_file():
             keys = [word.partition("=")[0] for word in arguments if "=" in word]
             assert all(has_key(path.stem, key) for key in keys), command
 
