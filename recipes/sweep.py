@@ -73,13 +73,16 @@ def make_cell(cfg: SweepConfig, directory: Path, planned: TableCell) -> Cell:
     quiet = ("optim.num_threads=1", "logger.progress_bar=false")
     given = {override.partition("=")[0] for override in planned.overrides}
     ours = tuple(override for override in quiet if override.partition("=")[0] not in given)
-    config = planned.config
+    config, changes = planned.config, planned.changes
+    if "total_frames" in RECIPES[cfg.recipe].changeable and "total_frames" not in given:
+        # it may have been begun with another number
+        changes = (*changes, f"total_frames={config.total_frames}")
     agents = getattr(config, "num_seeds", 1) * len(getattr(config, "policies", [config.policy]))
     return Cell(
         directory / planned.name,
         (sys.executable, script),
         (*planned.overrides, *ours),
-        (*planned.changes, *ours),
+        (*changes, *ours),
         frames=config.total_frames,
         agents=agents,
         may_resume=getattr(config.checkpoint, "replay_buffer", True),

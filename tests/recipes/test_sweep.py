@@ -146,6 +146,20 @@ def test_a_cell_is_refused_where_its_directory_holds_another_run(launch, tmp_pat
     assert said.startswith(f"error: num_experts=4: must be 7 in {old.relative_to(tmp_path)}, where the run has that")
 
 
+def test_a_run_goes_on_to_the_frames_of_the_table_whether_they_are_given_or_not(tmp_path):
+    for arguments, changes in (
+        (("seed=0",), ("total_frames=1000000", "optim.num_threads=1", "logger.progress_bar=false")),
+        (
+            ("total_frames=50", "optim.num_threads=2"),
+            ("total_frames=50", "optim.num_threads=2", "logger.progress_bar=false"),
+        ),
+        (("recipe=target_reaching",), ("optim.num_threads=1", "logger.progress_bar=false")),
+    ):
+        cfg, overrides = read_command(arguments)
+        (planned,) = table(cfg.recipe, overrides)
+        assert sweep.make_cell(cfg, tmp_path, planned).changes == changes
+
+
 def test_status_prints_the_table_and_starts_nothing(launch, tmp_path):
     assert launch("sweep", "env=Hopper-v4", "policy=pmoe,gaussian", "status=true") == (0, [])
     assert list(tmp_path.iterdir()) == []
