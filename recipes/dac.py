@@ -120,7 +120,15 @@ def train(cfg: DACConfig, run_dir: Path) -> None:
     env = env.append_transform(InitTracker()).append_transform(actor.make_tensordict_primer())
 
     frames = cfg.collector.frames_per_batch
-    collector = build_collector(env, actor, frames_per_batch=frames, device=cfg.device)
+    collector = build_collector(
+        env,
+        actor,
+        frames_per_batch=frames,
+        device=cfg.device,
+        ray=cfg.ray_options(clip_actions=cfg.actions == "unbounded"),
+        transforms=[cfg.make_normalization(), InitTracker, actor.make_tensordict_primer],
+        normalization=normalization,
+    )
     buffer = build_buffer(frames, cfg.loss.num_minibatches, cfg.device)
     optimizer = build_optimizer(loss, actor, **cfg.optim.adam())
     schedule = build_schedule(optimizer, -(-cfg.total_frames // frames), falling=cfg.optim.anneal_lr)

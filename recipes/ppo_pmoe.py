@@ -68,12 +68,7 @@ def build_env(cfg: OnPolicyConfig) -> tuple[EnvBase, NormalizeObservationAndRewa
     """The seeded environment, and what normalises its observations and rewards."""
     try_env(cfg.env, cfg.env_kwargs)
     env = make_env(cfg.env, clip_actions=cfg.actions == "unbounded", **cfg.environments())
-    normalization = NormalizeObservationAndReward(
-        observation=cfg.normalization.observation,
-        reward=cfg.normalization.reward,
-        clip=cfg.normalization.clip,
-        gamma=cfg.optim.gamma,
-    )
+    normalization = cfg.make_normalization()()
     return env.append_transform(normalization), normalization
 
 
@@ -102,7 +97,15 @@ def train(cfg: PPOConfig, run_dir: Path) -> None:
     actor, value, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
 
     frames = cfg.collector.frames_per_batch
-    collector = build_collector(env, actor, frames_per_batch=frames, device=cfg.device)
+    collector = build_collector(
+        env,
+        actor,
+        frames_per_batch=frames,
+        device=cfg.device,
+        ray=cfg.ray_options(clip_actions=cfg.actions == "unbounded"),
+        transforms=[cfg.make_normalization()],
+        normalization=normalization,
+    )
     buffer = build_buffer(frames, cfg.loss.num_minibatches, cfg.device)
     optimizer = build_optimizer(loss, actor, **cfg.optim.adam())
     schedule = build_schedule(optimizer, -(-cfg.total_frames // frames), falling=cfg.optim.anneal_lr)

@@ -109,6 +109,8 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
         frames_per_batch=cfg.frames_per_batch,
         init_random_frames=cfg.collector.init_random_frames,
         device=cfg.device,
+        ray=cfg.ray_options(),
+        keys=off_policy.STORED,
     )
     # the networks have drawn as many numbers as they have weights: every policy warms up with the same random actions
     seed_everything(cfg.seed)
@@ -129,7 +131,7 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
         replay_buffer=buffer,
         target_net_updater=targets,
     )
-    returns = EpisodeReturns()
+    returns = EpisodeReturns(num_envs=cfg.collector.num_envs)
     returns.register(trainer)
     off_policy.replay_steps(trainer, buffer, cfg.device, prioritized=cfg.replay_buffer.prb)
     if cfg.policy not in UNIMODAL:

@@ -20,6 +20,7 @@ BELOW = {
     "envs": (),
     "trainers": ("distributions", "modules", "objectives", "baselines", "envs"),
     "runs": ("distributions", "modules", "objectives", "baselines", "envs", "trainers"),
+    "collectors": ("envs", "runs"),
 }
 """Packages of the library, and those that each may import."""
 

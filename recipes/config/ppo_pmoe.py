@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from parts.networks import UNIMODAL, ActorOptions
@@ -22,6 +24,7 @@ from config.typed import (
     group,
     register,
 )
+from torchrl_pmoe.envs import NormalizeObservationAndReward
 
 
 @config_class
@@ -127,6 +130,17 @@ class OnPolicyConfig(shared.Run):
             "loss_critic_type": loss.loss_critic_type,
             "entropy_coeff": loss.entropy_coeff,
         }
+
+    def make_normalization(self) -> Callable[[], NormalizeObservationAndReward]:
+        """What makes the transform that normalises observations and rewards."""
+        wanted = self.normalization
+        return partial(
+            NormalizeObservationAndReward,
+            observation=wanted.observation,
+            reward=wanted.reward,
+            clip=wanted.clip,
+            gamma=self.optim.gamma,
+        )
 
     @property
     def updates(self) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
 from parts.networks import ACTIVATIONS, POLICIES, UNIMODAL
 from parts.resume import metadata
-from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions
+from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, RayOptions
 from pydantic import AfterValidator, Field
 
 from config.typed import (
@@ -29,7 +30,7 @@ from config.typed import (
     set_,
     to_dict,
 )
-from torchrl_pmoe.envs.making import Backend, full_id, unavailable
+from torchrl_pmoe.envs.making import Backend, full_id, make_env, unavailable
 
 
 def _one_of(names: Any, value: str) -> str:
@@ -96,18 +97,37 @@ class Checkpoint:
 
 
 @config_class
+class RayWorkers:
+    """Workers of ``collector.backend=ray``, on this machine or on others."""
+
+    address: Text | None = field(None, "host:port of a cluster's head, or auto; null: Ray on this machine alone")
+    workers: Annotated[Integer, Field(ge=1, le=2**16)] | None = field(None, "they share num_envs; null: num_envs")
+    sync: Flag = field(True, "all collect with the same weights, runs repeat exactly; false: nobody waits")
+    backend: Backend = field("serial", "how a worker steps its environments")
+    patience: Positive = field(300.0, "seconds without an answer after which a worker is replaced")
+    max_restarts: Annotated[Integer, Field(ge=0, le=2**20)] = field(3, "of a worker that dies again and again")
+
+
+@config_class
 class Collector:
     """Where frames come from."""
 
     num_envs: Annotated[Integer, Field(ge=1, le=2**20)] = field(1, "environments")
-    backend: Backend = field(
+    backend: Literal[Backend, "ray"] = field(
         "serial",
-        "one after the other | threads, for long steps | processes | extra envpool | extra mjx (device=cuda too)",
+        "one after the other | threads, for long steps | processes | extra envpool | extra mjx (device=cuda too) | "
+        "extra ray, workers on many machines",
     )
+    ray: RayWorkers = group(RayWorkers)
 
     def described(self) -> str:
         """How many environments there are, and where they run."""
-        return f"{self.num_envs} environment{'s' * (self.num_envs > 1)}, collector.backend={self.backend}"
+        what = f"{self.num_envs} environment{'s' * (self.num_envs > 1)}, collector.backend={self.backend}"
+        if self.backend != "ray":
+            return what
+        ray = self.ray
+        waiting = "sync" if ray.sync else "async"
+        return f"{what}, {ray.workers} {waiting} worker{'s' * (ray.workers != 1)} at {ray.address or 'this machine'}"
 
 
 @config_class
@@ -154,14 +174,43 @@ class Run:
         raise NotImplementedError
 
     def environments(self, agents: int = 1) -> dict[str, Any]:
-        """Keyword arguments of :func:`torchrl_pmoe.envs.make_env`, for the environments of some agents."""
+        """Keyword arguments of :func:`torchrl_pmoe.envs.make_env`, for the environments of some agents.
+
+        Where others step them, one is made here, for its specs.
+        """
+        remote = self.collector.backend == "ray"
         return {
-            "num_envs": self.collector.num_envs * agents,
+            "num_envs": 1 if remote else self.collector.num_envs * agents,
             "seed": self.seed,
             "env_kwargs": self.env_kwargs,
-            "backend": self.collector.backend,
+            "backend": "serial" if remote else self.collector.backend,
             "device": self.device,
         }
+
+    def ray_options(self, *, clip_actions: bool = False) -> RayOptions | None:
+        """The workers that collect frames; ``None`` where this process does."""
+        collector, ray = self.collector, self.collector.ray
+        if collector.backend != "ray":
+            return None
+        assert ray.workers is not None
+        create_env = partial(
+            make_env,
+            self.env,
+            num_envs=collector.num_envs // ray.workers,
+            env_kwargs=self.env_kwargs,
+            backend=ray.backend,
+            clip_actions=clip_actions,
+        )
+        return RayOptions(
+            create_env,
+            num_envs=collector.num_envs,
+            num_workers=ray.workers,
+            seed=self.seed,
+            sync=ray.sync,
+            address=ray.address,
+            patience=ray.patience,
+            max_restarts=ray.max_restarts,
+        )
 
     def stepping(self) -> dict[str, Any]:
         """Keyword arguments of :class:`torchrl_pmoe.trainers.FusedOptimizationStepper`."""
@@ -230,14 +279,27 @@ def fit_to_machine(config: Any) -> None:
             f"logger.backend={backend}: must be csv or null without the package {backend}: pip install {backend}"
         )
     on_gpu = str(config.device).startswith("cuda")
-    why = unavailable(config.collector.backend, config.env, config.env_kwargs)
+    collector = config.collector
+    remote = collector.backend == "ray"
+    why = {
+        "collector.backend": None if remote else unavailable(collector.backend, config.env, config.env_kwargs),
+        "collector.ray.backend": unavailable(collector.ray.backend, config.env, config.env_kwargs) if remote else None,
+    }
+    if remote and find_spec("ray") is None:
+        why["collector.backend"] = "without the package ray: pip install ray"
     refuse(
         config,
         {
             "compile.cudagraphs": (config.compile.cudagraphs and not on_gpu, f"false with device={config.device}"),
-            "collector.backend": (why is not None, f"serial or parallel {why}"),
+            **{key: (reason is not None, f"serial or parallel {reason}") for key, reason in why.items()},
         },
     )
+    if remote:
+        if collector.ray.workers is None:
+            collector.ray.workers = collector.num_envs
+        workers = collector.ray.workers
+        allowed = f"a multiple of collector.ray.workers={workers}"
+        refuse(config, {"collector.num_envs": (collector.num_envs % workers != 0, allowed)})
 
 
 def fill(
@@ -298,6 +360,7 @@ __all__ = [
     "Optim",
     "PolicyName",
     "Positive",
+    "RayWorkers",
     "Run",
     "Seed",
     "fill",

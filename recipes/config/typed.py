@@ -220,8 +220,8 @@ def help_text(cls: Any, about: str, *examples: str) -> str:
     lines = [about, *(f"  {example}" for example in examples), ""]
     top = ""
     defaults = to_dict(cls())
-    # a group's keys come after those that are in none
-    for key, info in sorted(described_keys(cls).items(), key=lambda item: "." in item[0]):
+    # a group's keys come after those that are in none, and those of a group in a group come last
+    for key, info in sorted(described_keys(cls).items(), key=lambda item: item[0].count(".")):
         if (head := key.rpartition(".")[0]) != top:
             lines += ["", f"{head}:"]
             top = head

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.collectors import Collector
+from torchrl.collectors import BaseCollector
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
@@ -79,7 +79,7 @@ def branch_on_the_host(loss: ClipPPOLoss) -> ClipPPOLoss:
 def build_on_policy_trainer(
     run_dir: Path,
     *,
-    collector: Collector,
+    collector: BaseCollector,
     buffer: TensorDictReplayBuffer,
     advantages: Callable[[TensorDictBase], TensorDictBase],
     trained_on: Sequence[str],

@@ -27,7 +27,17 @@ FORMAT = 4
 1 was TorchRL's own checkpoint, without replay rows, episodes and checksums; 2 had actions in the environment's own
 units, and no interrupted evaluations; 3 had another state of the running normalisation.
 """
-CHANGEABLE = ("total_frames", "logger.", "checkpoint.", "compile.", "optim.num_threads", "on_nonfinite")
+CHANGEABLE = (
+    "total_frames",
+    "logger.",
+    "checkpoint.",
+    "compile.",
+    "optim.num_threads",
+    "on_nonfinite",
+    "collector.ray.address",
+    "collector.ray.patience",
+    "collector.ray.max_restarts",
+)
 """Prefixes of the keys that may change when a run is resumed."""
 _ABOUT = "torchrl_pmoe"
 

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import CheckpointError, GlobalRNGState
-from torchrl.collectors import Collector
+from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase
+from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import LossModule, SACLoss
@@ -34,6 +35,7 @@ from parts.errors import UsageError
 from parts.figures import draw_learning_curve
 from parts.resume import command_to_resume, does_not_fit, from_here, interpreter
 from torchrl_pmoe.baselines import OptionActor
+from torchrl_pmoe.collectors import ClusterError, ReplaceableRayCollector
 from torchrl_pmoe.envs import NormalizeObservationAndReward
 from torchrl_pmoe.modules.actors import ExpertsActor
 from torchrl_pmoe.runs import (
@@ -148,6 +150,31 @@ def build_optimizer(
     return torch.optim.Adam(groups, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
+@dataclass(frozen=True)
+class RayOptions:
+    """Workers that collect frames; see :class:`torchrl_pmoe.collectors.ReplaceableRayCollector`.
+
+    Args:
+        create_env: makes the environments of one worker, by functions of the library.
+        num_envs: of all workers.
+        num_workers: Ray actors.
+        seed: of the run.
+        sync: whether all workers collect with the same weights.
+        address: of a Ray cluster; ``None`` starts Ray on this machine.
+        patience: seconds without an answer after which a worker counts as dead.
+        max_restarts: how many times in a row a worker is replaced.
+    """
+
+    create_env: Callable[[], EnvBase]
+    num_envs: int
+    num_workers: int
+    seed: int
+    sync: bool = True
+    address: str | None = None
+    patience: float = 300.0
+    max_restarts: int = 3
+
+
 def build_collector(
     env: EnvBase,
     policy: TensorDictModuleBase,
@@ -155,8 +182,49 @@ def build_collector(
     frames_per_batch: int,
     init_random_frames: int = 0,
     device: torch.device | str = "cpu",
-) -> Collector:
-    """A collector of frames, which takes random actions first."""
+    ray: RayOptions | None = None,
+    transforms: Sequence[Callable[[], Transform]] = (),
+    normalization: NormalizeObservationAndReward | None = None,
+    keys: Sequence[NestedKey] | None = None,
+) -> BaseCollector:
+    """A collector of frames, which takes random actions first.
+
+    Args:
+        env: steps here; with ``ray``, only its specs are used.
+        policy: acts.
+
+    Keyword Args:
+        frames_per_batch: of all environments.
+        init_random_frames: by random actions.
+        device: of the policy.
+        ray: workers that collect in place of this process.
+        transforms: with ``ray``, each makes a transform of a worker's environments.
+        normalization: with ``ray``, gathers the running statistics of all workers.
+        keys: with ``ray``, what is sent of a frame; all of it if not given.
+
+    Raises:
+        UsageError: where Ray cannot be reached.
+        EnvironmentFault: where a worker cannot make its environments.
+    """
+    # rounded up to whole batches; the collector would do so with a warning
+    init_random_frames = -(-init_random_frames // frames_per_batch) * frames_per_batch
+    if ray is not None:
+        try:
+            return ReplaceableRayCollector(
+                policy=policy,
+                frames_per_batch=frames_per_batch,
+                init_random_frames=init_random_frames,
+                transforms=transforms,
+                normalization=normalization,
+                keys=keys,
+                env=env,
+                **vars(ray),
+            )
+        except ClusterError as error:
+            address = ray.address or "null"
+            raise UsageError(
+                f"collector.ray.address={address}: must be the address of a Ray cluster that runs, or null ({error})"
+            ) from error
     # frames stay on the device of the environments: with mjx on a GPU, nothing passes through the host
     there = env.device or "cpu"
     return Collector(
@@ -164,8 +232,7 @@ def build_collector(
         policy,
         frames_per_batch=frames_per_batch,
         total_frames=-1,
-        # rounded up to whole batches; the collector would do so with a warning
-        init_random_frames=-(-init_random_frames // frames_per_batch) * frames_per_batch,
+        init_random_frames=init_random_frames,
         policy_device=device,
         env_device=there,
         storing_device=there,
@@ -196,7 +263,7 @@ class CheckpointOptions:
 def build_trainer(
     run_dir: Path,
     *,
-    collector: Collector,
+    collector: BaseCollector,
     total_frames: int,
     loss: LossModule,
     optimizer: torch.optim.Optimizer,
@@ -221,6 +288,8 @@ def build_trainer(
         **kwargs: further arguments of the trainer.
     """
     metadata = dict(checkpoints.metadata)
+    remote = isinstance(collector, ReplaceableRayCollector)
+    episodes = collector.episodes if remote else EpisodeState(collector, seed)
     trainer = Trainer(
         collector=collector,
         total_frames=total_frames,
@@ -231,7 +300,7 @@ def build_trainer(
         progress_bar=False,
         # the trainer saves when more frames than this have passed
         save_trainer_interval=checkpoints.interval - 1,
-        checkpoint=VerifiedCheckpoint(rng=GlobalRNGState(), episodes=EpisodeState(collector, seed)),
+        checkpoint=VerifiedCheckpoint(rng=GlobalRNGState(), episodes=episodes),
         checkpoint_rotation=RunDirectory(run_dir).rotation(checkpoints.keep),
         checkpoint_metadata=lambda trainer: metadata,
         auto_log_optim_steps=False,
@@ -565,6 +634,7 @@ __all__ = [
     "CheckpointOptions",
     "EvaluationOptions",
     "LoggerOptions",
+    "RayOptions",
     "announce",
     "build_collector",
     "build_optimizer",

@@ -118,10 +118,13 @@ class EpisodeReturns(_StatelessHook):
 
     Args:
         recent: how many are kept.
+        num_envs: of all batches, where each batch has the frames of some environments only and tells which in
+            ``("collector", "environment")``; if not given, as many as the first batch has.
     """
 
-    def __init__(self, recent: int = 100) -> None:
+    def __init__(self, recent: int = 100, num_envs: int | None = None) -> None:
         self.recent = recent
+        self.num_envs = num_envs
         self._running: Tensor | None = None
         self._returns: Tensor | None = None
         self._ended: Tensor | None = None
@@ -132,18 +135,21 @@ class EpisodeReturns(_StatelessHook):
         reward = batch["next", "reward"].reshape(-1, steps).double()  # [N, T]
         done = batch["next", "done"].reshape(-1, steps)
         if self._running is None:
-            self._running = reward.new_zeros(len(reward))
+            self._running = reward.new_zeros(self.num_envs or len(reward))
             self._returns = reward.new_full((self.recent + 1,), math.nan)
             self._ended = torch.zeros((), dtype=torch.int64, device=reward.device)
         assert self._returns is not None
         assert self._ended is not None
         running = self._running.to(reward.device)
-        total = reward.cumsum(-1) + running.unsqueeze(-1)
+        which = batch.get(("collector", "environment"), None)
+        rows = slice(None) if which is None else which.reshape(-1, steps)[:, 0]  # [N]
+        total = reward.cumsum(-1) + running[rows].unsqueeze(-1)
         # where the episode before each step's own has ended: -1 if that was before this batch
         end = torch.where(done, torch.arange(steps, device=done.device), -1).cummax(-1).values  # [N, T]
         before = torch.cat([end.new_full((len(end), 1), -1), end[:, :-1]], -1)
         returns = total - _total_at(total, before)
-        self._running = total[:, -1] - _total_at(total, end)[:, -1]
+        self._running = running.clone()
+        self._running[rows] = total[:, -1] - _total_at(total, end)[:, -1]
         # [N, T] -> [T * N], in the order of time
         ended, returns = done.t().reshape(-1), returns.t().reshape(-1)
         kept, count = self._returns.to(returns.device), self._ended.to(returns.device)

@@ -1,0 +1,97 @@
+"""A policy in two parts: its structure, sent once, and its numbers, sent with every request."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PolicyReceiver", "PolicySender", "from_arrays", "to_array"]
+
+
+class PolicySender:
+    """Takes a policy apart, with everything that it holds: critics, target networks, what a function closes over.
+
+    Args:
+        policy: any module or callable that cloudpickle can write, with all its parameters made (no lazy ones).
+
+    Attributes:
+        structure: for :class:`PolicyReceiver`.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        writer = _Writer(file := io.BytesIO())
+        writer.dump(policy)
+        self._tensors = writer.tensors
+        kinds = [(type(one) is nn.Parameter, one.requires_grad, one.shape, one.dtype) for one in self._tensors]
+        self.structure: tuple[bytes, list[Any]] = (file.getvalue(), kinds)
+
+    def weights(self) -> list[np.ndarray]:
+        """All numbers as they stand, as bytes; those of a policy on the CPU are not copied."""
+        return [to_array(one) for one in self._tensors]
+
+
+class PolicyReceiver:
+    """Puts a policy together, on the CPU.
+
+    Args:
+        structure: of a :class:`PolicySender`.
+
+    Attributes:
+        policy: the policy; its numbers mean nothing before :meth:`load`.
+    """
+
+    def __init__(self, structure: tuple[bytes, list[Any]]) -> None:
+        code, kinds = structure
+        self._tensors: list[Tensor] = []
+        for is_parameter, requires_grad, shape, dtype in kinds:
+            one = torch.zeros(shape, dtype=dtype)
+            self._tensors.append(nn.Parameter(one, requires_grad=requires_grad) if is_parameter else one)
+        self.policy = _Reader(io.BytesIO(code), self._tensors).load()
+
+    @torch.no_grad()
+    def load(self, weights: Sequence[np.ndarray]) -> None:
+        """Take over the numbers."""
+        for one, array in zip(self._tensors, weights, strict=True):
+            one.copy_(from_arrays(array, one.shape, one.dtype))
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor of any type."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def from_arrays(array: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The tensor whose bytes these are, in memory of its own."""
+    return torch.from_numpy(array.copy()).view(dtype).reshape(tuple(shape))
+
+
+class _Writer(cloudpickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+        self._places: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter, nn.Buffer) and not value.is_meta:
+            if id(value) not in self._places:
+                self._places[id(value)] = len(self.tensors)
+                self.tensors.append(value)
+            return self._places[id(value)]
+        # a module may remember the device that it was made on
+        return "cpu" if isinstance(value, torch.device) and value.type != "meta" else None
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, place: Any) -> Any:
+        return torch.device("cpu") if place == "cpu" else self._tensors[place]
