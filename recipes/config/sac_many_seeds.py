@@ -39,6 +39,9 @@ def resolve(config: ManySeedsConfig) -> None:
             "optim.router_lr": (config.optim.router_lr is not None, f"null {several}"),
             "on_nonfinite": (config.on_nonfinite == "skip", f"stop {several}"),
             "logger.backend": (config.logger.backend is not None, f"null {several}; every seed has its metrics.csv"),
-            "collector.backend": (config.collector.backend in ("parallel", "ray"), f"serial, threads, envpool or mjx {several}"),
+            "collector.backend": (
+                config.collector.backend in ("parallel", "ray"),
+                f"serial, threads, envpool or mjx {several}",
+            ),
         },
     )

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from torchrl_pmoe.collectors.moments import Moments, add_gathered, moments_of
 from torchrl_pmoe.collectors.session import connect
-from torchrl_pmoe.collectors.transport import PolicySender
+from torchrl_pmoe.collectors.transport import PolicySender, freeze, thaw
 from torchrl_pmoe.collectors.worker import Answer, Fault, Order, RolloutWorker, WorkerSetup, unpack_frames
 from torchrl_pmoe.envs import EnvironmentFault, NormalizeObservationAndReward
 
@@ -45,7 +45,7 @@ class _Worker:
     """
 
     index: int
-    state: dict[str, Any] | None = None
+    state: bytes | None = None
     rounds: int = 0
     there: bool = False
     deaths: int = 0
@@ -158,6 +158,11 @@ class ReplaceableRayCollector(BaseCollector):
                 f"create_env and policy: must be such that cloudpickle can send them ({_one_line(error)})"
             ) from error
         self._begin()
+
+    @property
+    def actors(self) -> list[Any]:
+        """The handles of the workers that there are now."""
+        return [worker.actor for worker in self._workers]
 
     # -------------------------------------------------------------------------------------------- the workers
 
@@ -295,7 +300,7 @@ class ReplaceableRayCollector(BaseCollector):
     def _accept(self, worker: _Worker, answer: Answer) -> TensorDict:
         """The frames of an answer, which count from now on."""
         worker.rounds += 1
-        worker.state = answer.state if answer.resumable else None
+        worker.state = answer.state
         worker.there = True
         if self.normalization is not None:
             assert answer.seen is not None
@@ -327,9 +332,7 @@ class ReplaceableRayCollector(BaseCollector):
         del kwargs
         self._frames = state_dict["frames"]
 
-    def shutdown(
-        self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True
-    ) -> None:
+    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
         """End the workers, and Ray where it was started here."""
         del timeout, raise_on_error
         if getattr(self, "_ray", None) is None:
@@ -361,7 +364,12 @@ class EpisodesOfWorkers:
 
     def state_dict(self) -> dict[str, Any]:
         """After the frames that were handed out; what is on its way is collected again."""
-        return {"workers": [{"rounds": one.rounds, "state": one.state} for one in self._collector._workers]}
+        return {
+            "workers": [
+                {"rounds": one.rounds, "state": None if one.state is None else thaw(one.state)}
+                for one in self._collector._workers
+            ]
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Have the next requests go on from there.
@@ -373,7 +381,8 @@ class EpisodesOfWorkers:
         if len(saved) != len(workers):
             raise ValueError(f"it has {len(saved)} workers, here are {len(workers)}")
         for worker, one in zip(workers, saved, strict=True):
-            worker.rounds, worker.state, worker.there = one["rounds"], one["state"], False
+            worker.rounds, worker.there = one["rounds"], False
+            worker.state = None if one["state"] is None else freeze(one["state"])
         self.fresh = any(one["rounds"] and one["state"] is None for one in saved)
 
 

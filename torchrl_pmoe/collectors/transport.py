@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cloudpickle
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PolicyReceiver", "PolicySender", "from_arrays", "to_array"]
+__all__ = ["PolicyReceiver", "PolicySender", "freeze", "from_array", "thaw", "to_array"]
 
 
 class PolicySender:
@@ -59,7 +59,7 @@ class PolicyReceiver:
     def load(self, weights: Sequence[np.ndarray]) -> None:
         """Take over the numbers."""
         for one, array in zip(self._tensors, weights, strict=True):
-            one.copy_(from_arrays(array, one.shape, one.dtype))
+            one.copy_(from_array(array, one.shape, one.dtype))
 
 
 def to_array(tensor: Tensor) -> np.ndarray:
@@ -67,9 +67,30 @@ def to_array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def from_arrays(array: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def from_array(array: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The tensor whose bytes these are, in memory of its own."""
     return torch.from_numpy(array.copy()).view(dtype).reshape(tuple(shape))
+
+
+def freeze(state: Any) -> bytes:
+    """Nested dictionaries and lists of tensors, numbers and texts, as bytes that cost little to send.
+
+    A simulator has a hundred small tensors, and PyTorch takes ten times as long to pickle one as NumPy.
+    """
+    return pickle.dumps(_walk(state, lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x))
+
+
+def thaw(frozen: bytes) -> Any:
+    """The state that was frozen, with tensors in memory of their own."""
+    return _walk(pickle.loads(frozen), lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x)
+
+
+def _walk(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _walk(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_walk(one, change) for one in value)
+    return change(value)
 
 
 class _Writer(cloudpickle.Pickler):

@@ -19,7 +19,7 @@ from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_pmoe.collectors.moments import Moments, begin_gathering, gathered
-from torchrl_pmoe.collectors.transport import PolicyReceiver, from_arrays, to_array
+from torchrl_pmoe.collectors.transport import PolicyReceiver, freeze, from_array, thaw, to_array
 from torchrl_pmoe.envs import NormalizeObservationAndReward
 from torchrl_pmoe.envs.making import worker_fault
 from torchrl_pmoe.runs.simulators import EpisodeState
@@ -60,7 +60,7 @@ class Order:
     """
 
     random: bool
-    state: dict[str, Any] | None = None
+    state: bytes | None = None
     seed: int | None = None
     moments: dict[str, Moments] | None = None
 
@@ -71,18 +71,13 @@ class Answer:
 
     Args:
         frames: ``[n, T]``, packed.
-        state: of the episodes after them, of tensors, numbers and texts alone.
+        state: of the episodes after them, from which another worker can go on; ``None`` where it is not known.
         seen: by the running statistics meanwhile, where there are any.
     """
 
     frames: _PackedFrames
-    state: dict[str, Any]
+    state: bytes | None
     seen: dict[str, object] | None = None
-
-    @property
-    def resumable(self) -> bool:
-        """Whether another worker can go on from ``state``."""
-        return bool(self.state["episodes"]["simulators"]["complete"])
 
 
 @dataclass(frozen=True)
@@ -180,18 +175,22 @@ class RolloutWorker:
         seen = None if normalization is None else gathered(normalization, order.moments or {})
         return Answer(_pack_frames(frames), self._state(), seen)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> bytes | None:
+        episodes = self._episodes.state_dict()
+        if not episodes["simulators"]["complete"]:
+            return None
         name, numbers, *rest = np.random.get_state()  # noqa: NPY002
         state: dict[str, Any] = {
-            "episodes": self._episodes.state_dict(),
+            "episodes": episodes,
             "torch": torch.get_rng_state(),
             "numpy": [str(name), torch.from_numpy(np.asarray(numbers).astype(np.int64)), *map(float, rest)],
         }
         if (one := self._normalization) is not None:
-            state["returns"] = {"discounted": one._discounted.clone(), "undiscounted": one._undiscounted.clone()}
-        return state
+            state["returns"] = {"discounted": one._discounted, "undiscounted": one._undiscounted}
+        return freeze(state)
 
-    def _load_state(self, state: dict[str, Any]) -> None:
+    def _load_state(self, frozen: bytes) -> None:
+        state = thaw(frozen)
         self._episodes.load_state_dict(state["episodes"])
         torch.set_rng_state(state["torch"])
         name, numbers, position, has_gauss, cached = state["numpy"]
@@ -231,7 +230,7 @@ def _pack_frames(frames: TensorDictBase) -> _PackedFrames:
 
 def unpack_frames(packed: _PackedFrames) -> TensorDict:
     """The frames ``[n, T]``, in memory of their own."""
-    entries: dict[Any, Tensor] = {key: from_arrays(array, shape, dtype) for key, shape, dtype, array in packed}
+    entries: dict[Any, Tensor] = {key: from_array(array, shape, dtype) for key, shape, dtype, array in packed}
     frames = TensorDict({}, next(iter(entries.values())).shape[:2])
     for key, value in entries.items():
         frames.set(key, value)

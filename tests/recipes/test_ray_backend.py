@@ -1,0 +1,147 @@
+"""``collector.backend=ray``: runs whose workers die, runs that go on, and what is said before a run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from recipe_runs import SMALL_PPO, assert_refused, resolve, run_here, timeless_rows
+
+ray = pytest.importorskip("ray")
+
+import dac  # noqa: E402
+import ppo_pmoe  # noqa: E402
+import sac_many_seeds  # noqa: E402
+import sac_pmoe  # noqa: E402
+from config import shared  # noqa: E402
+from parts import training  # noqa: E402
+from parts.errors import UsageError  # noqa: E402
+
+from torchrl_pmoe.collectors import ReplaceableRayCollector, connect  # noqa: E402
+from torchrl_pmoe.envs import EnvironmentFault  # noqa: E402
+
+RAY = ["collector.backend=ray", "collector.num_envs=4", "collector.ray.workers=2"]
+SAC = [
+    *RAY,
+    "env=Pendulum-v1",
+    "total_frames=512",
+    "network.hidden_sizes=[16,16]",
+    "collector.frames_per_batch=64",
+    "collector.init_random_frames=128",
+    "optim.utd_ratio=0.0625",
+    "optim.batch_size=16",
+    "logger.eval_interval=256",
+    "logger.eval_episodes=1",
+    "logger.eval_max_steps=40",
+    "checkpoint.interval=256",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    connect(num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run = tmp_path_factory.mktemp("uninterrupted")
+    run_here(sac_pmoe, run, *SAC)
+    return run
+
+
+@pytest.fixture
+def kills(monkeypatch):
+    """Kill one of the workers after the second batch of a run; gets what is said of it."""
+    said = []
+
+    class Killing(ReplaceableRayCollector):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, report=said.append, **kwargs)
+
+        def iterator(self):
+            for number, batch in enumerate(super().iterator(), 1):
+                yield batch
+                if number == 2:
+                    ray.kill(self.actors[1])
+
+    monkeypatch.setattr(training, "ReplaceableRayCollector", Killing)
+    return said
+
+
+def test_a_run_whose_worker_was_killed_has_equal_metrics(uninterrupted, kills, tmp_path):
+    run_here(sac_pmoe, tmp_path, *SAC)
+    assert [line.partition(",")[0] for line in kills] == ["worker 1 is replaced at frame 128"]
+    assert timeless_rows(tmp_path) == timeless_rows(uninterrupted)
+
+
+def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(uninterrupted, tmp_path, capfd):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    first, _ = sorted((run / "checkpoints").iterdir())
+    run_here(sac_pmoe, run, *SAC, f"resume={first}")
+    assert "new episodes begin" not in capfd.readouterr().out
+    assert timeless_rows(run) == timeless_rows(uninterrupted)
+
+
+def test_ppo_has_equal_metrics_when_a_worker_was_killed(kills, tmp_path):
+    """The running statistics of both workers meet on the learner, in one order."""
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for run in runs:
+        run_here(ppo_pmoe, run, *RAY, *SMALL_PPO)
+    assert len(kills) == 2
+    first, second = map(timeless_rows, runs)
+    assert first == second
+    assert len(first) == 2
+
+
+def test_dac_trains(tmp_path):
+    run_here(dac, tmp_path, *RAY, *SMALL_PPO)
+    assert [row["frames"] for row in timeless_rows(tmp_path)] == ["256", "512"]
+
+
+def test_critics_that_choose_the_action_are_in_the_workers_and_nobody_waits(kills, tmp_path):
+    run_here(sac_pmoe, tmp_path, *SAC, "collector.ray.sync=false", "acting=best_of_experts", "total_frames=1024")
+    assert [row["frames"] for row in timeless_rows(tmp_path)] == ["256", "512", "768", "1024"]
+
+
+# --------------------------------------------------------------------------------------------- before a run
+
+
+def test_an_environment_that_the_workers_do_not_have_is_one_line_before_the_run(tmp_path):
+    """Registered in this process alone."""
+    import recipe_envs
+
+    with pytest.raises(EnvironmentFault, match=r"worker 0 cannot make its environments: .*Point-v0"):
+        run_here(sac_pmoe, tmp_path / "run", *SAC, "env=Point-v0")
+    assert recipe_envs
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_address_is_one_line_before_the_run(monkeypatch, tmp_path):
+    def refuse(**kwargs):
+        raise ConnectionError(f"nobody answers at {kwargs['address']}\nfor long")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(UsageError, match=r"^collector.ray.address=10.0.0.9:1: must be the address of a Ray") as error:
+        run_here(sac_pmoe, tmp_path / "run", *SAC, "collector.ray.address=10.0.0.9:1")
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_package_the_line_says_how_to_install_it(monkeypatch):
+    find = shared.find_spec
+    monkeypatch.setattr(shared, "find_spec", lambda name: None if name == "ray" else find(name))
+    assert_refused(sac_pmoe, "collector.backend=ray", "pip install ray")
+
+
+def test_environments_are_shared_out_evenly():
+    with pytest.raises(UsageError, match=r"^collector.num_envs=3: must be a multiple of collector.ray.workers=2"):
+        resolve(sac_pmoe, "collector.backend=ray", "collector.num_envs=3", "collector.ray.workers=2")
+    cfg = resolve(ppo_pmoe, "collector.backend=ray", "collector.num_envs=4")
+    assert cfg.collector.ray.workers == 4
+
+
+def test_many_seeds_share_one_process():
+    assert_refused(sac_many_seeds, "collector.backend=ray", "serial, threads, envpool or mjx")
