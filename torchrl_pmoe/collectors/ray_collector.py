@@ -148,7 +148,7 @@ class ReplaceableRayCollector(BaseCollector):
         self._owns_ray = connect(address, num_cpus=max(num_workers, _cores()) if address in (None, "local") else None)
         import ray
 
-        self._ray = ray
+        self._ray: Any = ray
         self._actor_class = ray.remote(RolloutWorker)
         try:
             self._setup = ray.put(setup)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +45,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> bool:
     if ray.is_initialized():
         return False
     local = address in (None, "local")
+    if address is not None and (why := _why_silent(address)) is not None:
+        raise ClusterError(f"no Ray cluster answers at {address} ({why})")
     with _own_signals():
         try:
             ray.init(
@@ -58,6 +62,18 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> bool:
             what = "Ray cannot start here" if local else f"no Ray cluster answers at {address}"
             raise ClusterError(f"{what} ({type(error).__name__}: {words})") from error
     return True
+
+
+def _why_silent(address: str) -> str | None:
+    """Why nothing answers at an address, if that is so; Ray itself takes minutes to say it."""
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if found is None:
+        return None
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 @contextmanager
