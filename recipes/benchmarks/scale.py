@@ -1,11 +1,17 @@
-"""When do workers pay that collect frames beside the learner? What a recipe would gain from them.
+"""When do workers on Ray pay? What a recipe would gain from them, and what they do with a slow simulator.
 
     python recipes/benchmarks/scale.py env=HalfCheetah-v4
+    python recipes/benchmarks/scale.py --measure --step-ms 5
 
-A recipe trains in this process for a moment, with no evaluation. That measures e, the seconds that collecting takes a
-frame, and u, the seconds that an update takes with all that goes with it. W workers and r updates a frame then make
-min(W/e, 1/(r u)) frames a second at most where nobody waits, and 1/(e/W + r u) where learner and workers wait for each
-other. Keys of the recipe may follow.
+The first command trains a recipe in this process for a moment, with no evaluation. It measures e, the seconds that
+collecting takes a frame, and u, the seconds that an update takes with all that goes with it, and prints what W workers
+would do with r updates a frame: without waiting for each other min(W/e, 1/(r u)) frames a second, with waiting
+1/(e/W + r u). Keys of the recipe may follow.
+
+The second command measures. A simulator sleeps ``--step-ms`` a step, as one does that computes elsewhere, so that more
+workers than cores can be measured; the learner makes real updates, ``--updates-per-frame`` of them. TorchRL's
+``RayCollector`` collects the same frames in the same session, and takes turns with ours. In the last round one worker
+of each collector is killed, and the longest time without a batch is noted.
 """
 
 from __future__ import annotations
@@ -25,15 +31,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ppo_pmoe
 import sac_pmoe
+import slow_simulator
 import watched_runs
 from hydra.errors import HydraException
 from parts.errors import UsageError
-from rounds import at_least_one, command_line, place, print_table, stop, write_csv
+from rounds import RESULTS, at_least_one, command_line, place, print_table, stop, write_csv
 from torchrl.trainers import Trainer
 from tqdm import tqdm
 
 WORKERS = (1, 2, 4, 8)
 WARM_UP = {sac_pmoe: 1500, ppo_pmoe: 2048}
+COLUMNS = ["workers", "mode", "ideal", "ours", "of ideal", "RayCollector", "of ideal"]
 
 
 # ------------------------------------------------------------------------------------------ what to expect
@@ -135,8 +143,50 @@ def expect(args: argparse.Namespace) -> None:
         write_csv(args.output, ["round", "step_s", "update_s", "updates_per_frame"], rows)
 
 
+# --------------------------------------------------------------------------------------- what was measured
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure workers, print what they did beside the ideal, and keep the raw figures."""
+    learner = slow_simulator.Learner(args.threads)
+    costs = Costs(args.step_ms / 1e3, learner.seconds_per_update(), args.updates_per_frame)
+    found = slow_simulator.measure(learner, args)
+    print(place(args.threads, args.rounds))
+    print(
+        f"a step sleeps {args.step_ms:g} ms, an update alone takes {1e3 * costs.update:.2f} ms, "
+        f"{args.updates_per_frame:g} updates a frame, {args.batch} frames of a worker at a time"
+    )
+    rows = []
+    for number in args.workers:
+        for sync in (True, False):
+            ideal = costs.synchronous(number) if sync else costs.asynchronous(number)
+            row = [str(number), "sync" if sync else "async", f"{ideal:,.0f}"]
+            for name in slow_simulator.COLLECTORS:
+                speed = median(one.speed for one in found[number, sync, name])
+                row += [f"{speed:,.0f}", f"{speed / ideal:.0%}"]
+            rows.append(row)
+    print_table(COLUMNS, rows)
+    print(f"\nlongest time without a batch when one of {max(args.workers)} workers is killed")
+    gaps = [
+        [name, "sync" if sync else "async", "the run ends" if math.isinf(gap) else f"{gap:.1f} s"]
+        for (_, sync, name), values in found.items()
+        if not math.isnan(gap := values[-1].gap)
+    ]
+    print_table(["collector", "mode", "gap"], gaps)
+    settings = {"step_ms": args.step_ms, "update_ms": 1e3 * costs.update, "updates_per_frame": args.updates_per_frame}
+    write_csv(
+        args.output or RESULTS / "scale.csv",
+        ["workers", "sync", "collector", *settings, "round", "frames_per_second", "gap_s"],
+        [
+            [str(number), str(sync), name, *settings.values(), str(turn), one.speed, one.gap]
+            for (number, sync, name), values in found.items()
+            for turn, one in enumerate(values)
+        ],
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure a recipe and print what workers would do for it."""
+    """Say what to expect of workers, or measure them."""
     parser = command_line(__doc__, "scale.csv", rounds=3, threads=1, variants=False)
     names = [recipe.__name__ for recipe in WARM_UP]
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe")
@@ -144,9 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=at_least_one, nargs="+", default=WORKERS, help="numbers of them (1 2 4 8)")
     parser.add_argument("--frames", type=at_least_one, default=2048, help="of a recipe that are measured (2048)")
     parser.add_argument("--warm-up", type=at_least_one, help="frames before them (SAC 1500, PPO 2048)")
+    parser.add_argument("--measure", action="store_true", help="measure workers with a simulator that sleeps")
+    parser.add_argument("--step-ms", type=float, default=5.0, help="of that simulator's step (5)")
+    parser.add_argument("--updates-per-frame", type=float, default=1 / 64, help="of the learner (1/64)")
+    parser.add_argument("--batch", type=at_least_one, default=32, help="frames of a worker at a time (32)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a turn (20)")
     parser.set_defaults(output=None)
     args = parser.parse_intermixed_args(arguments)
-    expect(args)
+    if args.measure:
+        measure(args)
+    else:
+        expect(args)
 
 
 if __name__ == "__main__":

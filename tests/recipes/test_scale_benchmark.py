@@ -1,19 +1,23 @@
-"""What workers that collect frames are said to gain."""
+"""What workers on Ray are said to gain, and how that is measured. No Ray is started here."""
 
 from __future__ import annotations
 
+import argparse
 import heapq
+import math
 import sys
 
 import pytest
 import torch
 from recipe_runs import RECIPES
+from tensordict import TensorDict
 from torchrl.collectors import Collector
 
 sys.path.insert(0, str(RECIPES / "benchmarks"))
 
 import sac_pmoe
 import scale
+import slow_simulator
 import watched_runs
 from scale import Costs
 
@@ -62,7 +66,8 @@ def test_one_worker_that_waits_is_one_process():
 def clock(monkeypatch):
     """A clock that stands still unless a test moves it."""
     now = [0.0]
-    monkeypatch.setattr(scale, "perf_counter", lambda: now[0])
+    for module in (scale, slow_simulator):
+        monkeypatch.setattr(module, "perf_counter", lambda: now[0])
     return now
 
 
@@ -82,6 +87,36 @@ def test_costs_of_a_recipe_are_told_apart(monkeypatch, clock):
     keys += ["collector.num_envs=2", "collector.frames_per_batch=4", "optim.utd_ratio=0.5", "device=cpu"]
     costs = scale.measure_costs(sac_pmoe, watched_runs.resolve(sac_pmoe, keys), warm_up=12, frames=16)
     assert costs == Costs(6.0 / 4, 5.0, 0.5)
+
+
+class Batches:
+    """A collector whose every batch takes a second, and which the kill of a worker stops for some."""
+
+    def __init__(self, clock, standstill):
+        self.clock, self.standstill, self.killed = clock, standstill, False
+
+    def __iter__(self):
+        while True:
+            self.clock[0] += 1.0
+            if self.killed:
+                if math.isinf(self.standstill):
+                    raise RuntimeError("a worker is dead")
+                self.clock[0] += self.standstill
+                self.killed = False
+            yield TensorDict({}, [2, 8])
+
+
+@pytest.mark.parametrize(("standstill", "gap"), [(7.0, 8.0), (math.inf, math.inf)])
+def test_speed_and_the_longest_gap_after_a_kill(monkeypatch, clock, standstill, gap):
+    learned = []
+    learner = argparse.Namespace(learn=lambda batch, updates: learned.append(updates))
+    args = argparse.Namespace(workers=[1, 2], seconds=10.0, updates_per_frame=1 / 12)
+    monkeypatch.setattr(slow_simulator, "kill_one", lambda collector: setattr(collector, "killed", True))
+    found = slow_simulator.drive(Batches(clock, standstill), learner, args, kill=True)
+    assert found.speed == pytest.approx(16.0)  # frames a second
+    assert found.gap == gap
+    # 16 frames a batch make 4/3 updates: what is left over is made later
+    assert sum(learned) == len(learned) * 16 // 12
 
 
 def test_table_of_what_to_expect(monkeypatch, capsys, tmp_path):
