@@ -167,7 +167,7 @@ def draw(
             ax.plot(frames, mean.value, linewidth=2, label=f"{label} ({len(runs)})", **style)
             if len(runs) > 1:
                 ax.fill_between(frames, mean.low, mean.high, color=style["color"], alpha=0.15, linewidth=0)
-        ax.set(title=env, xlabel="frames", ylabel=f"evaluation return, {name} and 95 % interval over seeds")
+        ax.set(title=env, xlabel="frames", ylabel=f"evaluation return,\n{name} and 95 % interval over seeds")
         ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.yaxis.set_major_formatter("{x:,.0f}")
         ax.tick_params(axis="x", labelrotation=30)

@@ -300,7 +300,7 @@ def run(engine: Engine, rows: Sequence[Row], display: Display, received: Sequenc
         while futures:
             if len(received) > told:
                 told = len(received)
-                process.complain("\nstopping: every cell that runs writes a checkpoint (once more: at once)")
+                tqdm.write("stopping: every cell that runs writes a checkpoint (once more: at once)", file=sys.stderr)
                 engine.stop()
             done = [pair for pair in futures if pair[1].done()]
             for row, future in done:

@@ -46,7 +46,7 @@ SETTINGS = [
     "device=cpu",
     "progress_bar=false",
 ]
-COLUMNS = ("kill", "seconds", "processes killed", "finished", "resumable", "new", "frames")
+COLUMNS = ("kill", "aim", "seconds", "processes killed", "finished", "resumable", "new", "frames")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Kill:
     """One kill, and what it left.
 
     Args:
+        aim: ``any`` moment, or one in which cells are ``training``.
         seconds: from the start of the sweep.
         processes: that trained a cell then.
         finished: cells by then.
@@ -62,6 +63,7 @@ class Kill:
         frames: in the checkpoints of all cells.
     """
 
+    aim: str
     seconds: float
     processes: int
     finished: int
@@ -116,7 +118,7 @@ def processes_in(cell: Path) -> list[int]:
     return found
 
 
-def kill_once(arguments: Sequence[str], directory: Path, longest: float, rng: random.Random) -> Kill | None:
+def kill_once(arguments: Sequence[str], directory: Path, aim: str, longest: float, rng: random.Random) -> Kill | None:
     """Start the sweep and kill it at a random moment; ``None`` if it ended first.
 
     Raises:
@@ -125,9 +127,10 @@ def kill_once(arguments: Sequence[str], directory: Path, longest: float, rng: ra
     finished = {cell: log_size(cell) for cell in cells_of(directory) if is_finished(cell)}
     process = start(arguments, directory)
     began = monotonic()
-    # the moment counts from the first process of a cell: imports take seconds
-    sizes = {cell: log_size(cell) for cell in cells_of(directory)}
-    while process.poll() is None and not any(log_size(cell) > sizes.get(cell, 0) for cell in cells_of(directory)):
+    # the moment counts from the first process of a cell, or from its first checkpoint: imports take seconds
+    sign = log_size if aim == "any" else newest_frame
+    before = {cell: sign(cell) for cell in cells_of(directory)}
+    while process.poll() is None and not any(sign(cell) > before.get(cell, 0) for cell in cells_of(directory)):
         sleep(0.01)
     moment = monotonic() + rng.uniform(0, longest)
     most = 0
@@ -145,11 +148,16 @@ def kill_once(arguments: Sequence[str], directory: Path, longest: float, rng: ra
         if log_size(cell) != size:
             raise RuntimeError(f"{cell.name} had finished, and was started again")
     cells = cells_of(directory)
-    newest = [RunDirectory(cell).checkpoints()[:1] for cell in cells]
     done = sum(map(is_finished, cells))
-    begun = sum(map(bool, newest))
-    frames = sum(int(path.name.split("-")[1]) for found in newest for path in found)
-    return Kill(monotonic() - began, most, done, begun - done, len(cells) - begun, frames)
+    frames = list(map(newest_frame, cells))
+    begun = sum(map(bool, frames))
+    return Kill(aim, monotonic() - began, most, done, begun - done, len(cells) - begun, sum(frames))
+
+
+def newest_frame(cell: Path) -> int:
+    """The frames of its newest checkpoint."""
+    newest = RunDirectory(cell).checkpoints()[:1]
+    return int(newest[0].name.split("-")[1]) if newest else 0
 
 
 def log_size(cell: Path) -> int:
@@ -171,7 +179,7 @@ def torture(
         arguments: of the sweep.
         directory: of the sweep.
         kills: how many.
-        longest: seconds from the first process of a cell to a kill.
+        longest: seconds from a first sign of the cells to a kill.
         bar: moved on by every kill.
         seed: of the moments.
 
@@ -182,7 +190,7 @@ def torture(
     rng = random.Random(seed)
     found: list[Kill] = []
     while len(found) < kills:
-        kill = kill_once(arguments, directory, longest, rng)
+        kill = kill_once(arguments, directory, "any" if len(found) % 3 == 2 else "training", longest, rng)
         if kill is None:
             raise RuntimeError(f"the sweep ended after {len(found)} kills: --frames must be larger")
         found.append(kill)
@@ -216,7 +224,7 @@ def main() -> None:
     parser = command_line(__doc__ or "", "sweep_kills.csv", rounds=1, threads=1, variants=False)
     parser.add_argument("--kills", type=at_least_one, default=10, help="of the whole sweep")
     parser.add_argument("--frames", type=at_least_one, default=3000, help="of each training")
-    parser.add_argument("--longest", type=float, default=30.0, help="seconds from the first cell's start to a kill")
+    parser.add_argument("--longest", type=float, default=30.0, help="seconds from a first sign of the cells to a kill")
     parser.add_argument("--jobs", type=at_least_one, default=2, help="cells at a time")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(given.threads)
@@ -237,7 +245,7 @@ def main() -> None:
         except RuntimeError as error:
             stop(error)
     rows = [
-        (number, kill.seconds, kill.processes, kill.finished, kill.resumable, kill.new, kill.frames)
+        (number, kill.aim, kill.seconds, kill.processes, kill.finished, kill.resumable, kill.new, kill.frames)
         for number, kill in enumerate(found, 1)
     ]
     print_table(

@@ -250,7 +250,7 @@ def test_a_signal_to_the_whole_group_is_heard_once(tmp_path):
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):  # a terminal's, and those of a manager
         process.send_signal(number)
     process.terminate()
-    wait_for(lambda: b"stopping: " in (cell.directory / cells.LOG).read_bytes())
+    wait_for(lambda: process.poll() is not None or b"stopping: " in (cell.directory / cells.LOG).read_bytes())
     cells.end(process, cell, 0)
     assert process.wait() == 128 + signal.SIGTERM
     os.close(read)
