@@ -5,11 +5,8 @@ Each engine calls :func:`parts.cells.run_cell` for every cell that it is given, 
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import signal
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +18,7 @@ from typing import Any, Protocol
 from parts import process
 from parts.cells import Cell, Failure, Outcome, failure_of, run_cell, state_of
 from parts.errors import UsageError
+from torchrl_pmoe.collectors import ClusterError, connect
 
 RECIPES = Path(__file__).parents[1]
 
@@ -134,27 +132,21 @@ class OnRay(Engine):
         super().__init__(retry=retry)
         if find_spec("ray") is None:
             raise UsageError("engine=ray: must be local or slurm without the package ray: pip install ray")
+        try:
+            self._connected = connect(address)
+        except ClusterError as error:
+            raise UsageError(
+                f"ray.address={address}: must be that of a Ray that runs, auto, or null ({error})"
+            ) from error
         import ray
 
         self._ray = ray
-        if address is not None and (why := why_silent(address)) is not None:
-            raise UsageError(f"ray.address={address}: must be that of a Ray that runs, auto, or null ({why})")
+        task: Any = ray.remote(run_cell)
         # workers import the recipes' modules by name
         variables = {"PYTHONPATH": python_path(os.environ)}
-        try:
-            ray.init(
-                address="local" if address is None else address,
-                runtime_env={"env_vars": variables},
-                include_dashboard=False if address is None else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"ray.address={address}: must be that of a Ray that runs, auto, or null ({process.describe(error)})"
-            ) from error
-        task: Any = ray.remote(run_cell)
-        self._task = task.options(num_cpus=1, num_gpus=gpus, max_retries=max_retries)
+        self._task = task.options(
+            num_cpus=1, num_gpus=gpus, max_retries=max_retries, runtime_env={"env_vars": variables}
+        )
 
     def submit(self, cells: Sequence[Cell], *, wait: bool) -> list[Future]:
         """See the parent."""
@@ -169,19 +161,8 @@ class OnRay(Engine):
 
     def close(self) -> None:
         """See the parent."""
-        self._ray.shutdown()
-
-
-def why_silent(address: str) -> str | None:
-    """Why nothing answers at an address, if that is so; Ray itself takes minutes to say it."""
-    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
-    if found is None:
-        return None
-    try:
-        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        return process.describe(error)
-    return None
+        if self._connected:
+            self._ray.shutdown()
 
 
 class OnSlurm(Engine):
