@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -141,7 +143,8 @@ class OnRay(Engine):
         import ray
 
         self._ray = ray
-        task: Any = ray.remote(run_cell)
+        run: Any = _run_cell_on_ray
+        task: Any = ray.remote(run)
         # workers import the recipes' modules by name
         variables = {"PYTHONPATH": python_path(os.environ)}
         self._task = task.options(
@@ -163,6 +166,26 @@ class OnRay(Engine):
         """See the parent."""
         if self._connected:
             self._ray.shutdown()
+
+
+def _run_cell_on_ray(cell: Cell, *, retry: bool, wait: bool) -> Outcome:
+    """As :func:`parts.cells.run_cell`, in a worker that hears the interrupt of :meth:`OnRay.stop`."""
+    # a shell in the background has its children ignore interrupts, Ray's workers among them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run_cell(cell, retry=retry, wait=wait)
+
+
+@contextmanager
+def _children_hear_interrupts() -> Iterator[None]:
+    """Start processes that can be interrupted, though a shell in the background has this one ignore interrupts."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class OnSlurm(Engine):
@@ -203,7 +226,9 @@ class OnSlurm(Engine):
         if not cells:
             return []
         count = range(len(cells))
-        jobs = self._executor.map_array(SlurmJob(), cells, [self.retry for _ in count], [wait for _ in count])
+        # submitit's stand-in for Slurm is told to stop by an interrupt
+        with _children_hear_interrupts():
+            jobs = self._executor.map_array(SlurmJob(), cells, [self.retry for _ in count], [wait for _ in count])
         self._futures += jobs
         return list(jobs)
 

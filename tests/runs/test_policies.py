@@ -250,6 +250,7 @@ def test_a_path_may_be_relative_and_a_policy_tells_where_it_is_from(trained, mon
 
 def test_nothing_of_the_process_is_changed(trained):
     run, _ = trained("best_of_experts")
+    checks = torch.distributions.Distribution._validate_args
     torch.set_num_threads(3)
     torch.distributions.Distribution.set_default_validate_args(True)
     torch.manual_seed(4)
@@ -265,6 +266,7 @@ def test_nothing_of_the_process_is_changed(trained):
         assert not loaded_action(policy, seen("best_of_experts")).requires_grad
     finally:
         torch.set_num_threads(1)
+        torch.distributions.Distribution.set_default_validate_args(checks)
 
 
 # ------------------------------------------------------------------------------------------------- input

@@ -135,13 +135,15 @@ class CarriedOptionPolicy(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``action``, and the option for the next step."""
-        begins = "previous_option" not in tensordict
+        begins, told = "previous_option" not in tensordict, "is_init" in tensordict
         states = tensordict.copy()
-        if begins or "is_init" not in tensordict:
+        if begins or not told:
             states["is_init"] = torch.full((*states.shape, 1), begins, device=states["observation"].device)
         if begins:
             states["previous_option"] = torch.zeros_like(states["is_init"], dtype=torch.int64)
-        return self.policy(states)
+        acted = self.policy(states)
+        # a mark of our own would stay in the tensordict for the steps that follow
+        return acted if told else acted.exclude("is_init")
 
 
 class WatchedPolicy(TensorDictModuleBase):
