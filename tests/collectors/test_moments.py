@@ -98,6 +98,6 @@ def test_a_policy_travels_with_all_that_it_holds():
         for parameter in (policy.own.weight, policy.critic[0].bias, policy.low):
             parameter.add_(1.0)
     receiver.load(sender.weights())
-    torch.testing.assert_close(receiver.policy(x), policy(x), rtol=0, atol=0)
-    assert receiver.policy.place == torch.device("cpu")
-    assert receiver.policy.low.dtype == torch.bfloat16
+    torch.testing.assert_close(receiver.content(x), policy(x), rtol=0, atol=0)
+    assert receiver.content.place == torch.device("cpu")
+    assert receiver.content.low.dtype == torch.bfloat16

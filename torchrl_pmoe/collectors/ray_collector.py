@@ -141,21 +141,22 @@ class ReplaceableRayCollector(BaseCollector):
         self.episodes = EpisodesOfWorkers(self)
         self._frames = 0
         self._workers = [_Worker(index) for index in range(num_workers)]
-        self._sender = PolicySender(policy)
-        frames = frames_per_batch // num_workers if sync else frames_per_batch
-        setup = WorkerSetup(create_env, tuple(transforms), self._sender.structure, frames, keys)
-
-        self._owns_ray = connect(address, num_cpus=max(num_workers, _cores()) if address in (None, "local") else None)
+        local = address in (None, "local")
+        self._owns_ray = connect(address, num_cpus=max(num_workers, _cores()) if local else None)
+        self._started_here = self._owns_ray and local
         import ray
 
         self._ray: Any = ray
         self._actor_class = ray.remote(RolloutWorker)
         try:
-            self._setup = ray.put(setup)
+            # a transform may hold parts of the policy, on whatever device
+            self._sender = PolicySender((policy, tuple(transforms)))
+            frames = frames_per_batch // num_workers if sync else frames_per_batch
+            self._setup = ray.put(WorkerSetup(create_env, self._sender.structure, frames, keys))
         except Exception as error:
             self.shutdown()
             raise EnvironmentFault(
-                f"create_env and policy: must be such that cloudpickle can send them ({_one_line(error)})"
+                f"create_env, transforms and policy: must be such that cloudpickle can send them ({_one_line(error)})"
             ) from error
         self._begin()
 
@@ -168,7 +169,8 @@ class ReplaceableRayCollector(BaseCollector):
 
     def _begin(self) -> None:
         """Make all workers and their environments, before any work."""
-        cores = int(self._ray.cluster_resources().get("CPU", 0)) if not self._owns_ray else _cores()
+        # a Ray that was started here shares out as many as there are workers
+        cores = _cores() if self._started_here else int(self._ray.cluster_resources().get("CPU", 0))
         if len(self._workers) > cores:
             warnings.warn(
                 f"{len(self._workers)} workers share {cores} cores: more workers than cores make nothing faster",
@@ -225,7 +227,8 @@ class ReplaceableRayCollector(BaseCollector):
                     line = _death(error)
                 else:
                     if isinstance(answer, Answer):
-                        worker.pending, worker.deaths = None, 0
+                        # until its frames are accepted, the actor is ahead of what is known here
+                        worker.pending, worker.there, worker.deaths = None, False, 0
                         return worker, answer
                     line, cause = answer.line, RuntimeError(f"in worker {worker.index}:\n{answer.trace}")
                 self._replace(worker, line, cause)

@@ -19,7 +19,7 @@ class PolicySender:
     """Takes a policy apart, with everything that it holds: critics, target networks, what a function closes over.
 
     Args:
-        policy: any module or callable that cloudpickle can write, with all its parameters made (no lazy ones).
+        policy: a module, or several things that share some, which cloudpickle can write; all parameters are made.
 
     Attributes:
         structure: for :class:`PolicyReceiver`.
@@ -44,7 +44,7 @@ class PolicyReceiver:
         structure: of a :class:`PolicySender`.
 
     Attributes:
-        policy: the policy; its numbers mean nothing before :meth:`load`.
+        content: what was sent; its numbers mean nothing before :meth:`load`.
     """
 
     def __init__(self, structure: tuple[bytes, list[Any]]) -> None:
@@ -53,7 +53,7 @@ class PolicyReceiver:
         for is_parameter, requires_grad, shape, dtype in kinds:
             one = torch.zeros(shape, dtype=dtype)
             self._tensors.append(nn.Parameter(one, requires_grad=requires_grad) if is_parameter else one)
-        self.policy = _Reader(io.BytesIO(code), self._tensors).load()
+        self.content: Any = _Reader(io.BytesIO(code), self._tensors).load()
 
     @torch.no_grad()
     def load(self, weights: Sequence[np.ndarray]) -> None:

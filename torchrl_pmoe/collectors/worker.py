@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
-from torchrl.envs.transforms import Compose, Transform
+from torchrl.envs.transforms import Compose
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_pmoe.collectors.moments import Moments, begin_gathering, gathered
@@ -35,14 +35,12 @@ class WorkerSetup:
 
     Args:
         create_env: makes the environments of one worker, as one of batch size ``[]`` or ``[n]``.
-        transforms: each makes a transform, which is appended to them.
-        structure: of the policy.
+        structure: of the policy, and of what makes the transforms that are appended to the environments.
         frames: that a worker collects for one answer.
         keys: of the frames that are sent; ``None`` for all.
     """
 
     create_env: Callable[[], EnvBase]
-    transforms: Sequence[Callable[[], Transform]]
     structure: tuple[bytes, list[Any]]
     frames: int
     keys: Sequence[NestedKey] | None = None
@@ -133,13 +131,14 @@ class RolloutWorker:
         # checking the parameters costs more than drawing the sample
         torch.distributions.Distribution.set_default_validate_args(False)
         env = self.setup.create_env()
-        for make in self.setup.transforms:
-            env = env.append_transform(make())
         self._receiver = PolicyReceiver(self.setup.structure)
+        policy, transforms = self._receiver.content
+        for make in transforms:
+            env = env.append_transform(make())
         self._normalization = _normalization(env)
         self._collector = Collector(
             env,
-            self._receiver.policy,
+            policy,
             frames_per_batch=self.setup.frames,
             total_frames=-1,
             env_device=env.device or "cpu",
