@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
     process.begin()
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,20 +79,29 @@ def explorer_and_evaluated(
     return actor, MeanOfDrawnExpertActor(actor) if drawn else actor
 
 
-def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_unfinished: bool = False) -> Trained:
+def train(
+    cfg: SACConfig,
+    run_dir: Path,
+    create_env: Callable[..., EnvBase] | None = None,
+    *,
+    only_if_unfinished: bool = False,
+) -> Trained:
     """Run one training and leave its records in ``run_dir``.
 
     Args:
         cfg: resolved.
         run_dir: of the run.
-        env: seeded, of ``collector.num_envs`` environments; made from the config if not given.
+        create_env: makes ``num_envs`` environments on a ``device``; made from the config if not given.
 
     Keyword Args:
         only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
     """
-    if env is None:
+    here = cfg.environments()
+    if create_env is None:
         try_env(cfg.env, cfg.env_kwargs)
-        env = make_env(cfg.env, **cfg.environments())
+        env = make_env(cfg.env, **here)
+    else:
+        env = create_env(num_envs=here["num_envs"], device=cfg.device)
     seed_everything(cfg.seed)
     actor, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
     explorer, evaluated = explorer_and_evaluated(cfg, actor, loss)
@@ -109,7 +119,7 @@ def train(cfg: SACConfig, run_dir: Path, env: EnvBase | None = None, *, only_if_
         frames_per_batch=cfg.frames_per_batch,
         init_random_frames=cfg.collector.init_random_frames,
         device=cfg.device,
-        ray=cfg.ray_options(),
+        ray=cfg.ray_options(create_env),
         keys=off_policy.STORED,
     )
     # the networks have drawn as many numbers as they have weights: every policy warms up with the same random actions

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
     process.begin()
 
+from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -61,7 +62,8 @@ def train(cfg: SACConfig, run_dir: Path, episodes: int, exploration_frames: int)
     """One training, and the record of its episodes and of the places it explored."""
     prepare_torch(cfg.optim.num_threads)
     with owned(run_dir, from_here(run_dir), "a run that no other process uses"), own_scratch(cfg, run_dir):
-        trained = sac_pmoe.train(cfg, run_dir, make_task(cfg, cfg.collector.num_envs), only_if_unfinished=True)
+        create_env = partial(BatchedTargetReachingEnv, seed=cfg.seed, **cfg.env_kwargs)
+        trained = sac_pmoe.train(cfg, run_dir, create_env, only_if_unfinished=True)
         visited = trained.buffer[:exploration_frames]["next", "observation"][:, :2].numpy()
         # routes are counted start by start
         many, few = (make_task(cfg, number, start="fixed") for number in (episodes, 10))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
@@ -12,6 +12,7 @@ from parts.networks import ACTIVATIONS, POLICIES, UNIMODAL
 from parts.resume import metadata
 from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, RayOptions
 from pydantic import AfterValidator, Field
+from torchrl.envs import EnvBase
 
 from config.typed import (
     Allowed,
@@ -187,22 +188,26 @@ class Run:
             "device": self.device,
         }
 
-    def ray_options(self, *, clip_actions: bool = False) -> RayOptions | None:
-        """The workers that collect frames; ``None`` where this process does."""
+    def ray_options(
+        self, create_env: Callable[..., EnvBase] | None = None, *, clip_actions: bool = False
+    ) -> RayOptions | None:
+        """The workers that collect frames; ``None`` where this process does.
+
+        Args:
+            create_env: makes ``num_envs`` environments of a worker; made from the keys if not given.
+
+        Keyword Args:
+            clip_actions: whether the environments made from the keys clip actions.
+        """
         collector, ray = self.collector, self.collector.ray
         if collector.backend != "ray":
             return None
         assert ray.workers is not None
-        create_env = partial(
-            make_env,
-            self.env,
-            num_envs=collector.num_envs // ray.workers,
-            env_kwargs=self.env_kwargs,
-            backend=ray.backend,
-            clip_actions=clip_actions,
-        )
+        if create_env is None:
+            kwargs: dict[str, Any] = {"env_kwargs": self.env_kwargs, "backend": ray.backend}
+            create_env = partial(make_env, self.env, **kwargs, clip_actions=clip_actions)
         return RayOptions(
-            create_env,
+            partial(create_env, num_envs=collector.num_envs // ray.workers),
             num_envs=collector.num_envs,
             num_workers=ray.workers,
             seed=self.seed,

@@ -6,6 +6,7 @@ import copy
 from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
+from parts.resume import RAY_MAY_CHANGE
 from pydantic import AfterValidator, Field
 
 from config import sac_pmoe, shared
@@ -38,7 +39,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 """The policies by name: what each sets in a config of ``sac_pmoe.py``."""
 SET_BY_POLICIES = ("preset", "scoring", "routing", "backprop", "score", "acting")
-MAY_CHANGE = ("num_workers", "logger.progress_bar", "checkpoint.", "compile.", "optim.num_threads")
+MAY_CHANGE = ("num_workers", "logger.progress_bar", "checkpoint.", "compile.", "optim.num_threads", *RAY_MAY_CHANGE)
 """The beginnings of the keys that may change when an experiment goes on."""
 
 
@@ -110,8 +111,12 @@ def resolve(config: TargetReachingConfig) -> dict[str, sac_pmoe.SACConfig]:
             **{key: (get(config, key) is not None, "null, each of policies has its own") for key in SET_BY_POLICIES},
             "loss.decoupled": (config.loss.decoupled, "false, that is what pmoe_decoupled of policies has"),
             "collector.backend": (
-                config.collector.backend != "serial",
-                "serial, the task is one batch of environments in this process",
+                config.collector.backend not in ("serial", "ray"),
+                "serial or ray, the task is one batch of environments in a process",
+            ),
+            "collector.ray.backend": (
+                config.collector.ray.backend != "serial",
+                "serial, the task is one batch of environments in a worker",
             ),
             "collector.num_envs": (
                 config.exploration_frames % config.collector.num_envs != 0,

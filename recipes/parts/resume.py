@@ -27,6 +27,8 @@ FORMAT = 4
 1 was TorchRL's own checkpoint, without replay rows, episodes and checksums; 2 had actions in the environment's own
 units, and no interrupted evaluations; 3 had another state of the running normalisation.
 """
+RAY_MAY_CHANGE = ("collector.ray.address", "collector.ray.patience", "collector.ray.max_restarts")
+"""Where workers run, and when they are given up."""
 CHANGEABLE = (
     "total_frames",
     "logger.",
@@ -34,9 +36,7 @@ CHANGEABLE = (
     "compile.",
     "optim.num_threads",
     "on_nonfinite",
-    "collector.ray.address",
-    "collector.ray.patience",
-    "collector.ray.max_restarts",
+    *RAY_MAY_CHANGE,
 )
 """Prefixes of the keys that may change when a run is resumed."""
 _ABOUT = "torchrl_pmoe"

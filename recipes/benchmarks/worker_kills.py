@@ -1,0 +1,184 @@
+"""Does a training on Ray survive its workers? They are killed at random moments, and nothing may change.
+
+    python recipes/benchmarks/worker_kills.py
+
+The same training runs three times: in one process, with workers on Ray, and with workers of which one is killed by
+SIGKILL at random moments, ``--kills`` times. The last two must leave the same ``metrics.csv``, wall-clock columns aside
+(``collector.ray.sync=true``). The first one's frames come from other seeds, so its returns stand beside them, to be
+looked at. Keys of the recipe may follow.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import psutil
+from kills import timeless
+from rounds import at_least_one, command_line, print_table, stop, write_csv
+from tqdm import tqdm
+
+from torchrl_pmoe.runs import read_metrics
+
+RECIPES = Path(__file__).parents[1]
+SETTINGS = [
+    "env=Pendulum-v1",
+    "total_frames=10_000",
+    "collector.num_envs=4",
+    "collector.frames_per_batch=64",
+    "logger.eval_interval=1000",
+    "logger.progress_bar=false",
+    "checkpoint.interval=1000",
+]
+ON_RAY = ["collector.backend=ray", "collector.ray.workers=2"]
+RUNS = ("one process", "workers", "workers, killed")
+COLUMNS = ["run", "seed", "frames", "return_mean", "return_std"]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill.
+
+    Args:
+        seconds: from the start of the training.
+        worker: process that was killed.
+        frames: evaluated by then.
+    """
+
+    seconds: float
+    worker: int
+    frames: int
+
+
+def start(recipe: str, run: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """The recipe, with what it says in a file beside the run."""
+    with Path(f"{run}.txt").open("wb") as said:
+        command = [sys.executable, str(RECIPES / f"{recipe}.py"), *arguments, f"hydra.run.dir={run}"]
+        return subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of Ray that collect frames for it; Ray names them so."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if any("RolloutWorker" in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def frames_of(run: Path) -> int:
+    """Frames at the last evaluation."""
+    if not (run / "metrics.csv").is_file():
+        return 0
+    frames = read_metrics(run / "metrics.csv")["frames"]
+    return int(frames.iloc[-1]) if len(frames) else 0
+
+
+def finish(process: subprocess.Popen[bytes], run: Path) -> None:
+    """Wait for its end.
+
+    Raises:
+        RuntimeError: if it did not end well.
+    """
+    if process.wait():
+        said = Path(f"{run}.txt").read_text().strip().splitlines()
+        raise RuntimeError(f"the training of {run.name} did not end well: {said[-1:]}")
+
+
+def torture(
+    recipe: str, run: Path, arguments: Sequence[str], *, kills: int, longest: float, bar: tqdm, seed: int = 0
+) -> list[Kill]:
+    """Train with workers that are killed, to the end.
+
+    Args:
+        recipe: its name.
+        run: directory.
+        arguments: of the recipe.
+        kills: how many.
+        longest: seconds from one kill to the next.
+        bar: moved on by every kill.
+        seed: of the moments and of the workers.
+
+    Raises:
+        RuntimeError: if the training ended before it had been harmed often enough, or not well.
+    """
+    rng, found = random.Random(seed), []
+    process, began = start(recipe, run, arguments), monotonic()
+    try:
+        while not workers_of(process) and process.poll() is None:
+            sleep(0.1)
+        while len(found) < kills:
+            moment = monotonic() + rng.uniform(0, longest)
+            while monotonic() < moment and process.poll() is None:
+                sleep(0.05)
+            if process.poll() is not None:
+                raise RuntimeError(f"the training ended after {len(found)} kills: total_frames must be larger")
+            if workers := workers_of(process):
+                worker = rng.choice(workers)
+                worker.kill()
+                found.append(Kill(monotonic() - began, worker.pid, frames_of(run)))
+                bar.update()
+        finish(process, run)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    return found
+
+
+def main() -> None:
+    """Train three times, compare, print."""
+    parser = command_line(__doc__ or "", "worker_kills.csv", rounds=1, threads=1, variants=False)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe")
+    parser.add_argument("--recipe", choices=["sac_pmoe", "ppo_pmoe"], default="sac_pmoe", help="(sac_pmoe)")
+    parser.add_argument("--kills", type=at_least_one, default=10, help="of workers (10)")
+    parser.add_argument("--longest", type=float, default=30.0, help="seconds from one kill to the next, at most (30)")
+    given = parser.parse_intermixed_args()
+    os.environ["OMP_NUM_THREADS"] = str(given.threads)
+    arguments = [*SETTINGS, f"optim.num_threads={given.threads}", *given.overrides]
+    returns: list[tuple[object, ...]] = []
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=given.kills, unit="kill") as bar:
+        runs = [Path(scratch, name.replace(", ", "-").replace(" ", "-")) for name in RUNS]
+        try:
+            for run, where in zip(runs[:2], ([], ON_RAY), strict=True):
+                finish(start(given.recipe, run, [*arguments, *where]), run)
+            found = torture(
+                given.recipe, runs[2], [*arguments, *ON_RAY], kills=given.kills, longest=given.longest, bar=bar
+            )
+            if timeless(runs[2]) != timeless(runs[1]):
+                raise RuntimeError("metrics.csv is not that of a training whose workers lived")
+        except RuntimeError as error:
+            stop(error)
+        said = Path(f"{runs[2]}.txt").read_text()
+        for name, run in zip(RUNS, runs, strict=True):
+            data = read_metrics(run / "metrics.csv")
+            returns += [(name, 0, *row) for row in data[COLUMNS[2:]].itertuples(index=False)]
+    print_table(
+        ["kill", "seconds", "frames"], [[str(n), f"{k.seconds:.1f}", str(k.frames)] for n, k in enumerate(found, 1)]
+    )
+    replaced = said.count(" is replaced at frame ")
+    print(f"\n{len(found)} kills, {replaced} workers replaced; metrics.csv is that of a training whose workers lived")
+    last = {name: [row for row in returns if row[0] == name][-1] for name in RUNS}
+    print_table(["run", "frames", "return"], [[name, str(row[2]), f"{row[3]:.1f}"] for name, row in last.items()])
+    write_csv(
+        given.output.with_name(f"{given.output.stem}_moments.csv"),
+        ["kill", "seconds", "frames"],
+        [(number, f"{kill.seconds:.2f}", kill.frames) for number, kill in enumerate(found, 1)],
+    )
+    write_csv(given.output, COLUMNS, returns)
+
+
+if __name__ == "__main__":
+    main()
