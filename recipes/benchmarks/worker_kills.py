@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -68,14 +69,15 @@ def start(recipe: str, run: Path, arguments: Sequence[str]) -> subprocess.Popen[
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes of Ray that collect frames for it; Ray names them so."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if any("RolloutWorker" in word for word in child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "RolloutWorker" in command_of(child)]
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line, nothing of one that has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def frames_of(run: Path) -> int:

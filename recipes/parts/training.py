@@ -561,11 +561,23 @@ def train_and_record(
     if stepper.on_nonfinite == "skip":
         print(f"{stepper.skipped} updates were skipped")
     RunDirectory(run_dir).finish(trainer.total_frames // number)
-    print(what_next(run_dir, agents, [one.last for one in metrics]))
+    # a training of an experiment has as many frames as the others of the experiment
+    print(what_next(run_dir, agents, [one.last for one in metrics], longer=not only_if_unfinished))
 
 
-def what_next(run_dir: Path, agents: Sequence[Agent], last: Sequence[Mapping[str, float]]) -> str:
-    """What is printed at the end: the return, the run directory, and the next commands."""
+def what_next(
+    run_dir: Path, agents: Sequence[Agent], last: Sequence[Mapping[str, float]], *, longer: bool = True
+) -> str:
+    """What is printed at the end: the return, the run directory, and the next commands.
+
+    Args:
+        run_dir: directory of the run.
+        agents: that were trained.
+        last: the last row of each.
+
+    Keyword Args:
+        longer: whether the run can go on for longer.
+    """
     returns = [f"{row['return_mean']:,.1f} ± {row['return_std']:,.1f}" for row in last if "return_mean" in row]
     where = shlex.quote(from_here(run_dir))
     python, recipes = shlex.quote(interpreter()), Path(sys.argv[0]).parent
@@ -580,8 +592,9 @@ def what_next(run_dir: Path, agents: Sequence[Agent], last: Sequence[Mapping[str
         f"run directory: {from_here(run_dir)} ({files})",
         f"evaluate and watch:  {python} {scripts['evaluate']} {where}{agent}",
         f"plot and compare:    {python} {scripts['plot']} {where}",
-        f"go on for longer:    {command_to_resume(run_dir)} total_frames=...",
     ]
+    if longer:
+        lines.append(f"go on for longer:    {command_to_resume(run_dir)} total_frames=...")
     return "\n".join(lines)
 
 

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import signal
 
+import numpy as np
+import psutil
 import pytest
-from recipe_runs import SMALL_PPO, assert_refused, resolve, run_here, timeless_rows
+from recipe_runs import (
+    SMALL_PPO,
+    assert_refused,
+    composed,
+    in_background,
+    resolve,
+    run_here,
+    timeless_rows,
+    wait_for,
+)
 
 ray = pytest.importorskip("ray")
 
@@ -13,12 +25,14 @@ import dac  # noqa: E402
 import ppo_pmoe  # noqa: E402
 import sac_many_seeds  # noqa: E402
 import sac_pmoe  # noqa: E402
+import target_reaching  # noqa: E402
 from config import shared  # noqa: E402
 from parts import training  # noqa: E402
 from parts.errors import UsageError  # noqa: E402
 
 from torchrl_pmoe.collectors import ReplaceableRayCollector, connect  # noqa: E402
 from torchrl_pmoe.envs import EnvironmentFault  # noqa: E402
+from torchrl_pmoe.runs import RunDirectory  # noqa: E402
 
 RAY = ["collector.backend=ray", "collector.num_envs=4", "collector.ray.workers=2"]
 SAC = [
@@ -96,8 +110,44 @@ def test_ppo_has_equal_metrics_when_a_worker_was_killed(kills, tmp_path):
     assert len(first) == 2
 
 
+@pytest.mark.parametrize(
+    "number", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP", "SIGKILL"))]
+)
+def test_a_learner_that_was_ended_goes_on_with_equal_metrics_and_leaves_no_worker(uninterrupted, tmp_path, number):
+    run = tmp_path / "run"
+    arguments = [*SAC, "device=cpu", "logger.progress_bar=false", "checkpoint.interval=64", f"hydra.run.dir={run}"]
+    with in_background("sac_pmoe", *arguments, directory=tmp_path) as running:
+        wait_for(lambda: RunDirectory(run).checkpoints(), running)
+        children = psutil.Process(running.pid).children(recursive=True)
+        running.send_signal(getattr(signal, number))
+        running.communicate()
+    ended = -9 if number == "SIGKILL" else 128 + getattr(signal, number)
+    assert running.returncode == ended, running.communicate()
+    _, alive = psutil.wait_procs(children, timeout=600)
+    assert not alive
+    checkpoint = RunDirectory(run).checkpoints()[0]
+    assert checkpoint.name < "checkpoint-000000000512"
+    run_here(sac_pmoe, run, *SAC, "checkpoint.interval=64", f"resume={checkpoint}")
+    assert timeless_rows(run) == timeless_rows(uninterrupted)
+
+
+def test_target_reaching_trains_though_a_worker_is_killed(kills, tmp_path):
+    small = ["total_frames=512", "exploration_frames=400", "network.hidden_sizes=[8]", "optim.batch_size=16"]
+    small += ["collector.frames_per_batch=64", "collector.init_random_frames=128", "logger.eval_interval=256"]
+    small += ["logger.eval_episodes=1", "logger.progress_bar=false", "device=cpu", "policies=[gaussian]"]
+    (cfg,) = target_reaching.resolve(composed(target_reaching, *RAY, "collector.num_envs=8", *small)).values()
+    target_reaching.train(cfg, tmp_path / "run", 12, 400)
+    assert [line.partition(",")[0] for line in kills] == ["worker 1 is replaced at frame 128"]
+    with np.load(tmp_path / "run" / "episodes.npz") as recorded:
+        visited = recorded["visited"]
+    # environment by environment, 8 frames of each a batch: a step is no longer than 0.1, and an episode than 100 steps
+    steps = np.abs(np.diff(visited[:384].reshape(6, 8, 8, 2), axis=2))
+    assert steps.max() <= 0.1 + 1e-6
+    assert [row["frames"] for row in timeless_rows(tmp_path / "run")] == ["256", "512"]
+
+
 def test_dac_trains(tmp_path):
-    run_here(dac, tmp_path, *RAY, *SMALL_PPO)
+    run_here(dac, tmp_path, *RAY, *SMALL_PPO, "collector.ray.workers=1")
     assert [row["frames"] for row in timeless_rows(tmp_path)] == ["256", "512"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import cloudpickle
 import numpy as np
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 __all__ = ["PolicyReceiver", "PolicySender", "freeze", "from_array", "thaw", "to_array"]
 
 
+Structure: TypeAlias = tuple[bytes, list[Any], list[np.ndarray]]
+
+
 class PolicySender:
     """Takes a policy apart, with everything that it holds: critics, target networks, what a function closes over.
 
@@ -22,7 +25,7 @@ class PolicySender:
         policy: a module, or several things that share some, which cloudpickle can write; all parameters are made.
 
     Attributes:
-        structure: for :class:`PolicyReceiver`.
+        structure: for :class:`PolicyReceiver`, with the numbers as they stood.
     """
 
     def __init__(self, policy: Any) -> None:
@@ -30,7 +33,8 @@ class PolicySender:
         writer.dump(policy)
         self._tensors = writer.tensors
         kinds = [(type(one) is nn.Parameter, one.requires_grad, one.shape, one.dtype) for one in self._tensors]
-        self.structure: tuple[bytes, list[Any]] = (file.getvalue(), kinds)
+        # what is made there may act before the first request, and an action's bounds must be bounds
+        self.structure: Structure = (file.getvalue(), kinds, [array.copy() for array in self.weights()])
 
     def weights(self) -> list[np.ndarray]:
         """All numbers as they stand, as bytes; those of a policy on the CPU are not copied."""
@@ -44,15 +48,16 @@ class PolicyReceiver:
         structure: of a :class:`PolicySender`.
 
     Attributes:
-        content: what was sent; its numbers mean nothing before :meth:`load`.
+        content: what was sent.
     """
 
-    def __init__(self, structure: tuple[bytes, list[Any]]) -> None:
-        code, kinds = structure
+    def __init__(self, structure: Structure) -> None:
+        code, kinds, weights = structure
         self._tensors: list[Tensor] = []
         for is_parameter, requires_grad, shape, dtype in kinds:
             one = torch.zeros(shape, dtype=dtype)
             self._tensors.append(nn.Parameter(one, requires_grad=requires_grad) if is_parameter else one)
+        self.load(weights)
         self.content: Any = _Reader(io.BytesIO(code), self._tensors).load()
 
     @torch.no_grad()

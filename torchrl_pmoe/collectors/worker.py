@@ -19,7 +19,7 @@ from torchrl.envs.transforms import Compose
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_pmoe.collectors.moments import Moments, begin_gathering, gathered
-from torchrl_pmoe.collectors.transport import PolicyReceiver, freeze, from_array, thaw, to_array
+from torchrl_pmoe.collectors.transport import PolicyReceiver, Structure, freeze, from_array, thaw, to_array
 from torchrl_pmoe.envs import NormalizeObservationAndReward
 from torchrl_pmoe.envs.making import worker_fault
 from torchrl_pmoe.runs.simulators import EpisodeState
@@ -41,7 +41,7 @@ class WorkerSetup:
     """
 
     create_env: Callable[[], EnvBase]
-    structure: tuple[bytes, list[Any]]
+    structure: Structure
     frames: int
     keys: Sequence[NestedKey] | None = None
 
