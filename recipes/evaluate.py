@@ -55,13 +55,21 @@ SEED_OFFSET = 4_000_000
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load(path: Path, *, agent: int | None = None, act: str | None = None, on: str = "cpu") -> LoadedPolicy:
+def load(
+    path: Path,
+    *,
+    agent: int | None = None,
+    act: str | None = None,
+    commit_steps: int | None = None,
+    on: str = "cpu",
+) -> LoadedPolicy:
     """The agent of a run.
 
     Args:
         path: see the module.
         agent: seed of one of several.
         act: how it acts; unset, as in the evaluations of its run.
+        commit_steps: for how many steps an expert acts that is committed; unset, as in its run.
         on: device.
 
     Raises:
@@ -70,11 +78,13 @@ def load(path: Path, *, agent: int | None = None, act: str | None = None, on: st
     path, agent = _locate(path, agent)
     config, checkpoint = open_run(path)
     policy, chosen_by_critics = str(config.get("policy")), config.get("acting") == "best_of_experts"
-    if act == "drawn" and (policy in UNIMODAL or chosen_by_critics):
-        why = "acting=best_of_experts" if chosen_by_critics else f"policy={policy}, which {UNIMODAL[policy]}"
-        raise UsageError(f"--act=drawn: must be deterministic or stochastic with {why}")
+    if act in ("drawn", "committed") and (policy in UNIMODAL or (chosen_by_critics and act == "drawn")):
+        why = f"policy={policy}, which {UNIMODAL[policy]}" if policy in UNIMODAL else "acting=best_of_experts"
+        raise UsageError(f"--act={act}: must be deterministic or stochastic with {why}")
+    if commit_steps is not None and "committed" not in (act, config.get("acting") if act is None else None):
+        raise UsageError(f"--commit-steps={commit_steps}: must be given with --act committed only")
     try:
-        loaded = load_policy(checkpoint, agent=agent, act=act, device=on)  # type: ignore[arg-type]
+        loaded = load_policy(checkpoint, agent=agent, act=act, commit_steps=commit_steps, device=on)  # type: ignore[arg-type]
     except CheckpointError as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
     except ValueError as error:
@@ -312,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--episodes", type=_integer(1), default=10, metavar="N", help="how many (10)")
     add("--seed", type=_integer(0, 2**31 - 1), help="of the first episode (the agent's + 4,000,000)")
     add("--act", choices=KINDS, help="how the agent acts (as in the run's own evaluations)")
+    add("--commit-steps", type=_integer(1), metavar="N", help="with --act committed: steps of an expert (the episode)")
     add("--max-steps", type=_integer(1), metavar="N", help="cut an episode here (logger.eval_max_steps of the run)")
     add("--agent", type=_integer(0), metavar="SEED", help="which one, of a run with num_seeds above 1")
     add("--output", type=Path, metavar="DIR", help="where the files go (RUN/evaluation)")
@@ -324,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Load, play, report; the exit status."""
     args = _parser().parse_args(argv)
     try:
-        loaded = load(args.run, agent=args.agent, act=args.act, on=args.device)
+        loaded = load(args.run, agent=args.agent, act=args.act, commit_steps=args.commit_steps, on=args.device)
         output = args.output
         if output is None:
             output = directory_of(loaded) / "evaluation"

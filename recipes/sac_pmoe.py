@@ -41,10 +41,11 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import SACLoss, SoftUpdate
 
-from torchrl_pmoe import BestOfExpertsActor, MeanOfDrawnExpertActor
+from torchrl_pmoe import BestOfExpertsActor, CommittedExpertsActor, MeanOfDrawnExpertActor
 from torchrl_pmoe.envs import make_env
 from torchrl_pmoe.envs.making import try_env
 from torchrl_pmoe.objectives import score_proposals
+from torchrl_pmoe.runs.acting import Kind
 from torchrl_pmoe.trainers import EpisodeReturns, FusedOptimizationStepper
 
 
@@ -75,6 +76,10 @@ def explorer_and_evaluated(
     if cfg.acting == "best_of_experts":
         best = BestOfExpertsActor(actor, partial(score_proposals, loss))
         return best, best
+    if cfg.acting == "committed":
+        # an evaluation asks for deterministic actions: then the drawn expert acts by its mean
+        committed = CommittedExpertsActor(actor, commit_steps=cfg.commitment)
+        return committed, committed
     drawn = cfg.policy not in UNIMODAL and cfg.logger.eval_expert == "drawn"
     return actor, MeanOfDrawnExpertActor(actor) if drawn else actor
 
@@ -105,6 +110,10 @@ def train(
     seed_everything(cfg.seed)
     actor, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
     explorer, evaluated = explorer_and_evaluated(cfg, actor, loss)
+    transforms = []
+    if isinstance(explorer, CommittedExpertsActor):
+        transforms.append(explorer.make_tensordict_primer)
+        env = env.append_transform(explorer.make_tensordict_primer())
 
     buffer = off_policy.build_replay_buffer(
         cfg.replay_buffer.size,
@@ -120,6 +129,7 @@ def train(
         init_random_frames=cfg.collector.init_random_frames,
         device=cfg.device,
         ray=cfg.ray_options(create_env),
+        transforms=transforms,
         keys=off_policy.STORED,
     )
     # the networks have drawn as many numbers as they have weights: every policy warms up with the same random actions
@@ -177,13 +187,15 @@ def as_agent(
     evaluated: TensorDictModuleBase,
 ) -> Agent:
     """What is recorded of an agent."""
+    kinds: dict[type, Kind] = {MeanOfDrawnExpertActor: "drawn", CommittedExpertsActor: "committed"}
     return Agent(
         evaluated,
         seed,
         directory,
         f"SAC, {cfg.policy}, {cfg.env}, seed {seed}",
         actor,
-        kind="drawn" if isinstance(evaluated, MeanOfDrawnExpertActor) else "deterministic",
+        kind=kinds.get(type(evaluated), "deterministic"),
+        commit_steps=cfg.commitment,
         critics=loss if cfg.acting == "best_of_experts" else None,
     )
 

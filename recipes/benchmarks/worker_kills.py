@@ -42,7 +42,7 @@ SETTINGS = [
 ]
 ON_RAY = ["collector.backend=ray", "collector.ray.workers=2"]
 RUNS = ("one process", "workers", "workers, killed")
-COLUMNS = ["run", "seed", "frames", "return_mean", "return_std"]
+COLUMNS = ["run", "frames", "return_mean", "return_std"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def frames_of(run: Path) -> int:
     if not (run / "metrics.csv").is_file():
         return 0
     frames = read_metrics(run / "metrics.csv")["frames"]
-    return int(frames.iloc[-1]) if len(frames) else 0
+    return int(frames[-1]) if len(frames) else 0
 
 
 def finish(process: subprocess.Popen[bytes], run: Path) -> None:
@@ -116,7 +116,7 @@ def torture(
     Raises:
         RuntimeError: if the training ended before it had been harmed often enough, or not well.
     """
-    rng, found = random.Random(seed), []
+    rng, found = random.Random(seed), list[Kill]()
     process, began = start(recipe, run, arguments), monotonic()
     try:
         while not workers_of(process) and process.poll() is None:
@@ -150,7 +150,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     os.environ["OMP_NUM_THREADS"] = str(given.threads)
     arguments = [*SETTINGS, f"optim.num_threads={given.threads}", *given.overrides]
-    returns: list[tuple[object, ...]] = []
+    returns: list[tuple[str | float, ...]] = []
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=given.kills, unit="kill") as bar:
         runs = [Path(scratch, name.replace(", ", "-").replace(" ", "-")) for name in RUNS]
         try:
@@ -166,14 +166,14 @@ def main() -> None:
         said = Path(f"{runs[2]}.txt").read_text()
         for name, run in zip(RUNS, runs, strict=True):
             data = read_metrics(run / "metrics.csv")
-            returns += [(name, 0, *row) for row in data[COLUMNS[2:]].itertuples(index=False)]
+            returns += [(name, *row) for row in zip(*(data[key].tolist() for key in COLUMNS[1:]), strict=True)]
     print_table(
         ["kill", "seconds", "frames"], [[str(n), f"{k.seconds:.1f}", str(k.frames)] for n, k in enumerate(found, 1)]
     )
     replaced = said.count(" is replaced at frame ")
     print(f"\n{len(found)} kills, {replaced} workers replaced; metrics.csv is that of a training whose workers lived")
     last = {name: [row for row in returns if row[0] == name][-1] for name in RUNS}
-    print_table(["run", "frames", "return"], [[name, str(row[2]), f"{row[3]:.1f}"] for name, row in last.items()])
+    print_table(["run", "frames", "return"], [[name, str(row[1]), f"{row[2]:.1f}"] for name, row in last.items()])
     write_csv(
         given.output.with_name(f"{given.output.stem}_moments.csv"),
         ["kill", "seconds", "frames"],

@@ -35,7 +35,7 @@ def resolve(config: ManySeedsConfig) -> None:
         {
             "replay_buffer.prb": (config.replay_buffer.prb, f"false {several}"),
             "replay_buffer.scratch_dir": (config.replay_buffer.scratch_dir is not None, f"null {several}"),
-            "acting": (config.acting == "best_of_experts", f"policy {several}"),
+            "acting": (config.acting != "policy", f"policy {several}"),
             "optim.router_lr": (config.optim.router_lr is not None, f"null {several}"),
             "on_nonfinite": (config.on_nonfinite == "skip", f"stop {several}"),
             "logger.backend": (config.logger.backend is not None, f"null {several}; every seed has its metrics.csv"),

@@ -126,9 +126,12 @@ class SACConfig(shared.Run):
         None, "the experts that the actor's loss flows through (critic only)"
     )
     score: Literal["mixture", "expert"] | None = field(None, "the log-density that SAC sees")
-    acting: Literal["policy", "best_of_experts"] | None = field(
-        None, "best_of_experts: the proposal that the critics rank highest"
+    acting: Literal["policy", "best_of_experts", "committed"] | None = field(
+        None,
+        "best_of_experts: the proposal that the critics rank highest; committed: an expert that the router draws acts "
+        "for commit_steps",
     )
+    commit_steps: Size | Literal["episode"] = field("episode", "acting=committed: how long an expert acts")
     network: Network = group(Network)
     optim: Optim = group(Optim)
     collector: Collector = group(Collector)
@@ -148,6 +151,11 @@ class SACConfig(shared.Run):
     def updates(self) -> float:
         """How many updates a run makes."""
         return self.total_frames * self.optim.utd_ratio
+
+    @property
+    def commitment(self) -> int | None:
+        """For how many steps an expert acts that is committed; ``None`` for the whole episode."""
+        return None if self.commit_steps == "episode" else self.commit_steps
 
     def actor_options(self, spec: TensorSpec, in_features: int) -> ActorOptions:
         """What the policy is made from, for observations of ``in_features`` numbers."""
@@ -274,6 +282,8 @@ def partners(config: SACConfig) -> Mapping[str, str | None]:
 def combination(config: SACConfig) -> str:
     """What a resolved config trains a mixture by, as on a command line; nothing for other policies."""
     keys = () if config.policy in UNIMODAL else (*DEFAULTS, "loss.decoupled")
+    if config.acting == "committed":
+        keys = (*keys, "commit_steps")
     given = {key: get(config, key) for key in keys}
     return " ".join(f"{key}={value}" for key, value in given.items() if value not in (None, False))
 
@@ -319,16 +329,20 @@ def _refuse_combinations(config: SACConfig) -> None:
             "loss.routing_loss": (gradient and loss.routing_loss != "brier", "brier with scoring=gradient"),
             "loss.num_proposals": (gradient and loss.num_proposals != 1, "1 with scoring=gradient"),
             "acting": (
-                config.policy in UNIMODAL and config.acting == "best_of_experts",
+                config.policy in UNIMODAL and config.acting != "policy",
                 f"policy with policy={config.policy}, which {UNIMODAL.get(config.policy)}",
+            ),
+            "commit_steps": (
+                config.acting != "committed" and config.commit_steps != "episode",
+                f"episode with acting={config.acting}; only a committed expert acts for so long",
             ),
             "optim.router_lr": (
                 config.policy == "gaussian" and config.optim.router_lr is not None,
                 "null with policy=gaussian, which has no router",
             ),
             "logger.eval_expert": (
-                config.acting == "best_of_experts" and config.logger.eval_expert != "largest",
-                "largest or null with acting=best_of_experts, which takes the critics' choice",
+                config.acting != "policy" and config.logger.eval_expert != "largest",
+                f"largest or null with acting={config.acting}, which is evaluated as it acts",
             ),
             "network.log_std_min": (
                 config.network.log_std_min >= config.network.log_std_max,

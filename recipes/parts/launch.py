@@ -414,7 +414,7 @@ def own_run_directory(cfg: DictConfig, may_hold: Callable[[Path], bool] = lambda
 def own_scratch(config: Any, run: Path) -> Iterator[None]:
     """Lock ``replay_buffer.scratch_dir``, if the config has one.
 
-    It must be empty when a run starts; a resumed run must find its own.
+    It must be empty when a run starts, or be that of the same run directory; a resumed run must find its own.
 
     Args:
         config: typed.
@@ -433,7 +433,9 @@ def own_scratch(config: Any, run: Path) -> Iterator[None]:
         ours = {note.name, RunDirectory.LOCK}
         owner = Path(note.read_text(encoding="utf-8")) if note.is_file() else run.absolute()
         if config.resume is None:
-            if {path.name for path in directory.iterdir()} - ours:
+            # a run that was killed before its first checkpoint begins again, and writes over its own frames
+            again = note.is_file() and owner == run.absolute()
+            if {path.name for path in directory.iterdir()} - ours and not again:
                 raise UsageError(f"{named}: must be empty or not there")
         # the run may have been moved: then the owner that was noted is gone
         elif owner != run.absolute() and owner.is_dir():

@@ -418,6 +418,7 @@ class Agent:
         actor: the network that is trained.
         kind: how ``policy`` chooses an action from ``actor``.
         normalization: of the observations, if there is one.
+        commit_steps: for how many steps an expert acts, of ``kind="committed"``; ``None`` for the whole episode.
         critics: the loss whose critics choose among the proposals (``acting=best_of_experts``).
     """
 
@@ -428,6 +429,7 @@ class Agent:
     actor: ProbabilisticActor
     kind: Kind = "deterministic"
     normalization: NormalizeObservationAndReward | None = None
+    commit_steps: int | None = None
     critics: SACLoss | None = None
 
     def parts(self, evaluation: EvaluationOptions, evaluator: Evaluator) -> PolicyParts:
@@ -443,6 +445,7 @@ class Agent:
             high=torch.as_tensor(box.high, dtype=torch.float32),
             max_steps=evaluation.max_steps,
             normalization=self.normalization,
+            commit_steps=self.commit_steps,
             critic=None if self.critics is None else self.critics.qvalue_network,
             critic_params=None if self.critics is None else self.critics.qvalue_network_params,
         )

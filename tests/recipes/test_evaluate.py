@@ -498,6 +498,29 @@ def test_an_expert_is_drawn_only_where_there_are_several_to_draw_from(trained, o
     assert str(error.value).endswith(line)
 
 
+def test_a_committed_expert_acts_for_as_many_steps_as_are_asked_for(trained):
+    run, _ = trained(sac_pmoe, "env=Pendulum-v1")
+    output = evaluated(run, "--episodes", "1", "--act", "committed", "--commit-steps", "5")
+    experts = [row["expert"] for row in table(output / "experts.csv")]
+    assert [len(set(experts[first : first + 5])) for first in range(0, STEPS, 5)] == [1] * (STEPS // 5)
+    whole = table(evaluated(run, "--episodes", "1", "--act", "committed") / "experts.csv")
+    assert len({row["expert"] for row in whole}) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"act": "drawn", "commit_steps": 5}, "--commit-steps=5: must be given with --act committed only"),
+        ({"commit_steps": 5}, "--commit-steps=5: must be given with --act committed only"),
+    ],
+)
+def test_steps_of_a_committed_expert_are_for_one_that_is(trained, given, line):
+    run, _ = trained(sac_pmoe, "env=Pendulum-v1")
+    with pytest.raises(evaluate.UsageError) as error:
+        evaluate.load(run, **given)
+    assert str(error.value) == line
+
+
 def test_what_is_no_intact_run_gets_one_line_and_stays_as_it_was(trained, tmp_path, capsys):
     run, _ = trained(sac_pmoe, "env=Pendulum-v1")
     empty, damaged = tmp_path / "empty", tmp_path / "damaged"

@@ -209,13 +209,15 @@ def test_frames_on_disk_have_one_run(tmp_path):
         with pytest.raises(DirectoryInUseError):
             RunDirectory(scratch).own().__enter__()
     for before, directory, line in (
-        (None, run, "must be empty or not there"),
+        (None, other, "must be empty or not there"),
         ("checkpoint", other, f"must be that of the run that goes on, it is that of {run}"),
     ):
         with pytest.raises(UsageError, match=re.escape(f"replay_buffer.scratch_dir={scratch}: {line}")):
             own_scratch(config(scratch, before), directory).__enter__()
-    with own_scratch(config(scratch, "checkpoint"), run):
-        pass
+    # None: it was killed before its first checkpoint, and begins again
+    for before in (None, "checkpoint"):
+        with own_scratch(config(scratch, before), run):
+            pass
     run.rename(tmp_path / "moved")
     with own_scratch(config(scratch, "checkpoint"), tmp_path / "moved"):
         pass

@@ -81,6 +81,7 @@ def go_on_here(recipe, run: Path, **changes) -> None:
         (sac_pmoe, [*SAC, "env=Pendulum-v1", "policy=gaussian", "collector.num_envs=2", "replay_buffer.size=64"], 150),
         (sac_pmoe, [*SAC, "acting=best_of_experts", "scoring=gradient", "replay_buffer.scratch_dir=SCRATCH"], 100),
         (sac_pmoe, [*SAC, "on_nonfinite=skip", "optim.router_lr=1e-3"], 120),
+        (sac_pmoe, [*SAC, "acting=committed", "commit_steps=7", "collector.num_envs=2"], 150),
         (sac_pmoe, [*SAC, "collector.init_random_frames=120"], 60),
         pytest.param(sac_pmoe, [*SAC, "replay_buffer.prb=true", "replay_buffer.size=64"], 150, marks=EXTENSION),
         (ppo_pmoe, [*PPO], 256),
@@ -88,7 +89,7 @@ def go_on_here(recipe, run: Path, **changes) -> None:
         (ppo_pmoe, [*PPO, "collector.backend=serial", "on_nonfinite=skip", "actions=bounded"], 384),
         (dac, [*PPO], 384),
     ],
-    ids=["sac", "gaussian", "memmap", "skip", "random frames", "prioritised", "ppo", "critic", "ppo skip", "dac"],
+    ids=["sac", "gaussian", "memmap", "skip", "committed", "random frames", "prioritised", "ppo", "critic", "ppo skip", "dac"],
 )  # fmt: skip
 def test_an_interrupted_run_ends_with_the_metrics_of_one_that_was_left_alone(recipe, overrides, after, tmp_path):
     overrides = [value.replace("SCRATCH", str(tmp_path / "scratch")) for value in overrides]

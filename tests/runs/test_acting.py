@@ -102,6 +102,38 @@ def test_a_drawn_expert_is_the_one_whose_action_was_played(kind):
     assert len(set(drawn)) > 1
 
 
+@pytest.mark.parametrize("commit_steps", [1, 6, None])
+def test_a_committed_expert_keeps_acting_by_its_mean_and_the_next_one_is_drawn(commit_steps):
+    actor, drawn = mixture(), []
+    policy = WatchedPolicy(acting(actor, "committed", commit_steps=commit_steps))
+    player = EpisodePlayer("Pendulum-v1", policy, policy, max_steps=STEPS)
+    length = commit_steps or STEPS
+
+    def act(states):
+        dist = actor.get_dist(states)
+        # an expert is drawn at every step; it acts where the one before has come to its end
+        weights = dist.logits.softmax(-1).cumsum(-1)
+        new = int((torch.rand(1, 1) >= weights[:, :-1]).sum())
+        drawn.append(drawn[-1] if len(drawn) % length else new)
+        return dist.expert_mode[:, drawn[-1]]
+
+    for seed in (SEED, SEED + 1):  # a new episode begins with a new expert
+        drawn.clear()
+        episode = player(seed)
+        observations, rewards = rollout(act, seed=seed)
+        assert episode.experts.tolist() == drawn
+        np.testing.assert_allclose(episode.rewards, rewards, atol=1e-5)
+        probs = actor.get_dist(states_of(observations)).logits.softmax(-1).numpy()
+        np.testing.assert_allclose(episode.weights, probs, atol=1e-5)
+    player.close()
+
+
+@pytest.mark.parametrize("make", [lambda: mixture(GatingActor), options], ids=["blend", "options"])
+def test_only_a_mixture_has_experts_that_keep_acting(make):
+    with pytest.raises(ValueError, match=r"^act=committed: must be deterministic, drawn or stochastic with \w+Actor"):
+        acting(make(), "committed")
+
+
 @pytest.mark.parametrize("kind", ["deterministic", "drawn"])
 def test_experts_are_the_critics_choice_where_they_choose(kind):
     actor, chosen = mixture(), []
@@ -185,7 +217,7 @@ def test_a_gaussian_has_neither():
 
 
 def test_another_kind_is_an_error():
-    with pytest.raises(ValueError, match="kind='wildly' must be one of deterministic, drawn, stochastic"):
+    with pytest.raises(ValueError, match="kind='wildly' must be one of deterministic, drawn, stochastic, committed"):
         acting(mixture(), "wildly")
 
 

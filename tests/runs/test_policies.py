@@ -51,6 +51,7 @@ RUNS = {
     "gaussian": (sac_pmoe, [*SAC, "policy=gaussian"]),
     "gating": (sac_pmoe, [*SAC, "policy=gating", "env=Hopper-v4"]),
     "best_of_experts": (sac_pmoe, [*SAC, "acting=best_of_experts"]),
+    "committed": (sac_pmoe, [*SAC, "acting=committed", "commit_steps=7"]),
     "ppo": (ppo_pmoe, [*PPO, "num_experts=3"]),
     "ppo bounded": (ppo_pmoe, [*PPO, "policy=gaussian", "actions=bounded"]),
     "dac": (dac, PPO),
@@ -165,6 +166,22 @@ def test_a_drawn_expert_acts_by_its_mean_and_is_drawn_by_the_router(name, traine
     torch.testing.assert_close(near.argmin(1).bincount(minlength=3) / 4000, probs, rtol=0, atol=0.04)
 
 
+@pytest.mark.parametrize(("given", "length"), [({}, 7), ({"act": "committed", "commit_steps": 4}, 4),
+                                               ({"commit_steps": "episode"}, STEPS)])  # fmt: skip
+def test_a_committed_expert_keeps_acting_in_an_environment(given, length, trained):
+    run, (agent,) = trained("committed")
+    policy = load_policy(run, **given)
+    assert policy.kind == "committed"
+    torch.manual_seed(6)
+    played = GymEnv("Pendulum-v1").rollout(STEPS, policy)
+    experts = played["expert"].squeeze(-1)
+    assert [len(set(part.tolist())) for part in experts.split(length)] == [1] * -(-STEPS // length)
+    with torch.no_grad():
+        means = raw("committed", agent.actor.get_dist(played.select("observation")).expert_mode)  # [T, K, 1]
+    expected = means[torch.arange(STEPS), experts]
+    torch.testing.assert_close(played["action"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["pmoe", "ppo", "gating"])
 def test_one_expert_acts_alone_by_its_mean(name, trained):
     run, (agent,) = trained(name)
@@ -276,10 +293,10 @@ def test_nothing_of_the_process_is_changed(trained):
     ("given", "line"),
     [
         ({"agent": 7}, "agent=7: must be one of the seeds 3"),
-        ({"act": "wildly"}, "act='wildly': must be one of deterministic, drawn, stochastic or the number of an expert"),
-        ({"act": 3}, "act=3: must be one of deterministic, drawn, stochastic or an expert below 3"),
-        ({"act": -1}, "act=-1: must be one of deterministic, drawn, stochastic or an expert below 3"),
-        ({"act": True}, "act=True: must be one of deterministic, drawn, stochastic or the number of an expert"),
+        ({"act": "wildly"}, "act='wildly': must be one of deterministic, drawn, stochastic, committed or the number of an expert"),
+        ({"act": 3}, "act=3: must be one of deterministic, drawn, stochastic, committed or an expert below 3"),
+        ({"act": -1}, "act=-1: must be one of deterministic, drawn, stochastic, committed or an expert below 3"),
+        ({"act": True}, "act=True: must be one of deterministic, drawn, stochastic, committed or the number of an expert"),
     ],
 )
 def test_what_a_run_does_not_have_is_told_in_one_line(given, line, trained):
@@ -290,7 +307,7 @@ def test_what_a_run_does_not_have_is_told_in_one_line(given, line, trained):
 
 @pytest.mark.parametrize("name", ["gaussian", "dac"])
 def test_a_policy_without_experts_has_none_to_act(name, trained):
-    with pytest.raises(ValueError, match=r"^act=0: must be one of deterministic, drawn, stochastic$"):
+    with pytest.raises(ValueError, match=r"^act=0: must be one of deterministic, drawn, stochastic, committed$"):
         load_policy(trained(name)[0], act=0)
 
 

@@ -16,13 +16,14 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_pmoe.baselines import MCPActor, OptionActor
 from torchrl_pmoe.distributions.proposals import take_expert
-from torchrl_pmoe.modules.actors import BestOfExpertsActor, ExpertsActor, PMOEActor
+from torchrl_pmoe.modules.actors import BestOfExpertsActor, CommittedExpertsActor, ExpertsActor, PMOEActor
 from torchrl_pmoe.runs.evaluation import Evaluator
 
 __all__ = ["KINDS", "Acted", "CarriedOptionPolicy", "Episode", "EpisodePlayer", "Kind", "WatchedPolicy", "acting"]
 
-Kind = Literal["deterministic", "drawn", "stochastic"]
-"""The mean of the likeliest expert, the mean of a drawn expert, or a draw of the action as in training."""
+Kind = Literal["deterministic", "drawn", "stochastic", "committed"]
+"""The mean of the likeliest expert, the mean of an expert that is drawn at every step, a draw of the action as in
+training, or the mean of a drawn expert that keeps acting."""
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -43,20 +44,31 @@ class Acted(NamedTuple):
 Act = Callable[[TensorDictBase], Acted]
 
 
-def acting(actor: TensorDictModuleBase, kind: Kind) -> Act:
+def acting(actor: TensorDictModuleBase, kind: Kind, *, commit_steps: int | None = None) -> Act:
     """A function of states that says who acted, with what weights.
 
     Args:
         actor: a :class:`PMOEActor`, one of its rivals, a :class:`BestOfExpertsActor` around one, or any other actor of
             TorchRL; without what normalises its input.
         kind: how it acts. Without a draw of an expert, and for a :class:`BestOfExpertsActor`, ``"drawn"`` is
-            ``"deterministic"``.
+            ``"deterministic"``. ``"committed"`` is for a :class:`PMOEActor`; see :class:`CommittedExpertsActor` for
+            what travels in the tensordict.
+
+    Keyword Args:
+        commit_steps: for how many steps a ``"committed"`` expert acts; the whole episode if not given.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: for another kind, for ``"committed"`` where no expert is drawn, and for fewer steps than one.
     """
     if kind not in KINDS:
         raise ValueError(f"acting: kind={kind!r} must be one of {', '.join(KINDS)}.")
+    if kind == "committed":
+        if not isinstance(actor, PMOEActor):
+            raise ValueError(
+                f"act=committed: must be deterministic, drawn or stochastic with {type(actor).__name__}, "
+                "where no expert can keep acting"
+            )
+        return _of_committed(CommittedExpertsActor(actor, commit_steps=commit_steps, deterministic=True))
     if isinstance(actor, OptionActor):
         return _of_options(actor, kind)
     if isinstance(actor, PMOEActor):
@@ -82,6 +94,15 @@ def _of_mixture(actor: PMOEActor, kind: Kind) -> Act:
         proposals = dist.propose().action if kind == "stochastic" else dist.expert_mode  # [*B, K, A]
         expert = dist.logits.argmax(-1) if kind == "deterministic" else dist.sample_expert()
         return Acted(states.set("action", take_expert(proposals, expert)), expert, dist.probs)
+
+    return act
+
+
+def _of_committed(actor: CommittedExpertsActor) -> Act:
+    def act(states: TensorDictBase) -> Acted:
+        probs = actor.get_dist(states).probs
+        acted = actor(states)
+        return Acted(acted, acted["expert"].squeeze(-1), probs)
 
     return act
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -150,6 +150,7 @@ class PolicyParts:
         high: upper bounds, ``[A]``.
         max_steps: where evaluations cut an episode.
         normalization: of the observations.
+        commit_steps: for how many steps an expert acts, of ``kind="committed"``; ``None`` for the whole episode.
         critic: one critic, made by :func:`construct`, for an agent that acts by the proposal its critics rank highest.
         critic_params: stacked parameters of all critics, ``[num_critics]``.
     """
@@ -163,6 +164,7 @@ class PolicyParts:
     high: Tensor
     max_steps: int = 10_000
     normalization: NormalizeObservationAndReward | None = None
+    commit_steps: int | None = None
     critic: TensorDictModuleBase | None = None
     critic_params: TensorDictBase | None = None
 
@@ -176,6 +178,7 @@ class PolicyParts:
             "env_kwargs": json.dumps(dict(self.env_kwargs)),
             "kind": self.kind,
             "max_steps": self.max_steps,
+            "commit_steps": self.commit_steps,
             "low": self.low,
             "high": self.high,
         }
@@ -269,6 +272,7 @@ def load_policy(
     run: str | Path,
     *,
     act: Kind | int | None = None,
+    commit_steps: int | Literal["episode"] | None = None,
     agent: int | None = None,
     device: torch.device | str = "cpu",
     actor: TensorDictModuleBase | None = None,
@@ -281,8 +285,10 @@ def load_policy(
         run: directory of a run, or one of its checkpoints.
 
     Keyword Args:
-        act: ``"deterministic"``, ``"drawn"``, ``"stochastic"``, or the number of the expert that acts alone, by its
-            mean; as in the evaluations of the run if not given.
+        act: ``"deterministic"``, ``"drawn"``, ``"stochastic"``, ``"committed"``, or the number of the expert that acts
+            alone, by its mean; as in the evaluations of the run if not given.
+        commit_steps: for how many steps a ``"committed"`` expert acts; as in the run if not given, which is
+            ``"episode"`` where the run had no such experts.
         agent: seed of one agent, of a run that has several.
         device: of the policy.
         actor: takes the weights, where the run's own actor was not made by :func:`construct`.
@@ -326,9 +332,11 @@ def load_policy(
         policy, kind = made.expert(kind), "deterministic"
     elif kind not in KINDS:
         raise ValueError(f"act={kind!r}: must be one of {', '.join(KINDS)} or the number of an expert")
-    elif state.get("critic") is not None:
+    elif kind != "committed" and state.get("critic") is not None:
         policy = BestOfExpertsActor(made, _critics(state, made, device))
-    watched = WatchedPolicy(acting(policy, kind))
+    if commit_steps is None:
+        commit_steps = state.get("commit_steps")
+    watched = WatchedPolicy(acting(policy, kind, commit_steps=None if commit_steps == "episode" else commit_steps))
     in_unit_box: TensorDictModuleBase = CarriedOptionPolicy(watched) if isinstance(made, OptionActor) else watched
     if (norm := state.get("normalization")) is not None:
         mean, var = norm["mean"].to(device), norm["var"].to(device)
