@@ -34,9 +34,8 @@ from parts.training import (
 from sac_pmoe import about, as_agent, build_agent, explorer_and_evaluated
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl._utils import seed_generator
 from torchrl.data import RandomSampler, TensorDictReplayBuffer
-from torchrl.envs import EnvBase, SerialEnv
+from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import SACLoss, SoftUpdate
 from torchrl.trainers.trainers import SelectKeys
@@ -85,18 +84,8 @@ class SeedReplay(FlatReplay):
 
 def make_envs(cfg: ManySeedsConfig) -> EnvBase:
     """The environments of all agents in one batch, those of the first agent first; seeded as in runs of their own."""
-    number = cfg.collector.num_envs
     try_env(cfg.env, cfg.env_kwargs)
-    if cfg.collector.backend != "serial":
-        return make_env(cfg.env, **cfg.environments(cfg.num_seeds))
-    seeds = []
-    for index in range(cfg.num_seeds):
-        seed = cfg.seed + index
-        for _ in range(number):
-            seeds.append(seed)
-            seed = seed_generator(seed)
-    makers = [lambda seed=seed: make_env(cfg.env, seed=seed, env_kwargs=cfg.env_kwargs) for seed in seeds]
-    return SerialEnv(len(makers), makers)
+    return make_env(cfg.env, runs=cfg.num_seeds, **cfg.environments(cfg.num_seeds))
 
 
 def build_agents(cfg: ManySeedsConfig, env: EnvBase) -> list[tuple[ProbabilisticActor, SACLoss]]:

@@ -43,13 +43,14 @@ from parts.cells import (
     read_plan,
     state_of,
 )
-from parts.engines import Engine, Future, Local, OnRay, OnSlurm, cores, outcome_of
+from parts.engines import Engine, Future, Local, OnRay, OnSlurm, outcome_of
 from parts.errors import UsageError
 from parts.launch import launch, usage_line
 from parts.resume import flatten, from_here, interpreter, read_config
 from tqdm import tqdm
 
 from torchrl_pmoe.envs import EnvironmentFault
+from torchrl_pmoe.envs.vector import cores
 from torchrl_pmoe.runs.files import replace_file
 
 SECONDS_BETWEEN_LOOKS = 0.5

@@ -31,7 +31,7 @@ from config.typed import (
     set_,
     to_dict,
 )
-from torchrl_pmoe.envs.making import Backend, full_id, make_env, unavailable
+from torchrl_pmoe.envs.making import Backend, faster_backend, full_id, make_env, unavailable
 
 
 def _one_of(names: Any, value: str) -> str:
@@ -114,10 +114,10 @@ class Collector:
     """Where frames come from."""
 
     num_envs: Annotated[Integer, Field(ge=1, le=2**20)] = field(1, "environments")
-    backend: Literal[Backend, "ray"] = field(
+    backend: Literal[Backend, "ray"] | None = field(
         "serial",
         "one after the other | threads, for long steps | processes | extra envpool | extra mjx (device=cuda too) | "
-        "extra ray, workers on many machines",
+        "extra ray, workers on many machines | null: serial or threads, which a measurement says is faster",
     )
     ray: RayWorkers = group(RayWorkers)
 
@@ -285,6 +285,9 @@ def fit_to_machine(config: Any) -> None:
         )
     on_gpu = str(config.device).startswith("cuda")
     collector = config.collector
+    if collector.backend is None:
+        # the frames are the same; a run keeps what was chosen
+        collector.backend = faster_backend(config.env, collector.num_envs, config.env_kwargs)
     remote = collector.backend == "ray"
     why = {
         "collector.backend": None if remote else unavailable(collector.backend, config.env, config.env_kwargs),

@@ -21,6 +21,7 @@ from parts import process
 from parts.cells import Cell, Failure, Outcome, failure_of, run_cell, state_of
 from parts.errors import UsageError
 from torchrl_pmoe.collectors import ClusterError, connect
+from torchrl_pmoe.envs.vector import cores
 
 RECIPES = Path(__file__).parents[1]
 
@@ -110,11 +111,6 @@ class Local(Engine):
     def close(self) -> None:
         """See the parent."""
         self._pool.shutdown()
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class OnRay(Engine):
@@ -274,4 +270,4 @@ def python_path(variables: Mapping[str, str]) -> str:
     return os.pathsep.join([str(RECIPES), *filter(None, [variables.get("PYTHONPATH")])])
 
 
-__all__ = ["Engine", "Future", "Local", "OnRay", "OnSlurm", "cores", "outcome_of"]
+__all__ = ["Engine", "Future", "Local", "OnRay", "OnSlurm", "outcome_of"]

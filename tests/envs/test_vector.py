@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from threading import Barrier
 
@@ -15,8 +16,8 @@ from torchrl.collectors import Collector
 from torchrl.data import Bounded
 from torchrl.envs import GymWrapper, SerialEnv
 
-from torchrl_pmoe.envs import make_env
-from torchrl_pmoe.envs.making import EnvironmentFault, make_gym_env
+from torchrl_pmoe.envs import make_env, making, vector
+from torchrl_pmoe.envs.making import EnvironmentFault, faster_backend, make_gym_env
 from torchrl_pmoe.envs.vector import ThreadedVectorEnv
 
 NUM_ENVS, STEPS = 8, 120
@@ -127,6 +128,39 @@ def test_steps_on_threads_overlap():
     observation, *_ = vector.step(action)
     np.testing.assert_array_equal(observation, action)
     vector.close()
+
+
+class Long(Halves):
+    """Its step sleeps, as one does that lets go of the interpreter's lock, or computes in Python, which does not."""
+
+    def __init__(self, sleeps):
+        self.sleeps = sleeps
+
+    def step(self, action):
+        until = time.perf_counter() + 0.004
+        while not self.sleeps and time.perf_counter() < until:
+            pass
+        time.sleep(0.004 * self.sleeps)
+        return super().step(action)
+
+
+@pytest.mark.parametrize(("sleeps", "backend"), [(True, "threads"), (False, "serial")])
+def test_the_faster_backend_is_found(sleeps, backend, monkeypatch):
+    monkeypatch.setattr(making, "cores", lambda: 2)
+    monkeypatch.setattr(vector, "cores", lambda: 2)
+    before = torch.get_rng_state()
+    assert faster_backend(partial(Long, sleeps), 4) == backend
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_where_threads_cannot_help_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(making, "batched_gym_env", None)
+    monkeypatch.setattr(making, "cores", lambda: 2)
+    assert faster_backend("Pendulum-v1", 1) == "serial"
+    assert faster_backend("dm_control:cheetah-run", 4) == "serial"
+    assert faster_backend(own, 4) == "serial"
+    monkeypatch.setattr(making, "cores", lambda: 1)
+    assert faster_backend("Pendulum-v1", 4) == "serial"
 
 
 def own():

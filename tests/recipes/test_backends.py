@@ -18,6 +18,7 @@ import dac  # isort: skip
 import ppo_pmoe  # isort: skip
 import sac_pmoe  # isort: skip
 import target_reaching  # isort: skip
+from config import shared  # isort: skip
 from parts import training  # isort: skip
 from parts.errors import UsageError  # isort: skip
 
@@ -59,6 +60,15 @@ def everything_installed(monkeypatch):
 def test_the_default_backend_does_not_depend_on_what_is_installed(recipe, installed, request):
     request.getfixturevalue(installed)
     assert recipe_runs.resolve(recipe, "env=Ant-v4", "collector.num_envs=8").collector.backend == "serial"
+
+
+def test_a_backend_that_was_measured_is_in_the_config_of_the_run(monkeypatch):
+    faster = {8: "threads", 2: "serial"}
+    monkeypatch.setattr(shared, "faster_backend", lambda env, num_envs, kwargs: faster[num_envs])
+    for number, backend in faster.items():
+        cfg = recipe_runs.resolve(ppo_pmoe, "env=Ant-v4", f"collector.num_envs={number}", "collector.backend=null")
+        assert cfg.collector.backend == backend
+        assert f"collector.backend={backend}" in cfg.collector.described()
 
 
 @pytest.fixture

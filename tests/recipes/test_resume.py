@@ -89,7 +89,8 @@ def go_on_here(recipe, run: Path, **changes) -> None:
         (ppo_pmoe, [*PPO, "collector.backend=serial", "on_nonfinite=skip", "actions=bounded"], 384),
         (dac, [*PPO], 384),
     ],
-    ids=["sac", "gaussian", "memmap", "skip", "committed", "random frames", "prioritised", "ppo", "critic", "ppo skip", "dac"],
+    ids=["sac", "gaussian", "memmap", "skip", "committed", "random frames", "prioritised", "ppo", "critic", "ppo skip",
+         "dac"],
 )  # fmt: skip
 def test_an_interrupted_run_ends_with_the_metrics_of_one_that_was_left_alone(recipe, overrides, after, tmp_path):
     overrides = [value.replace("SCRATCH", str(tmp_path / "scratch")) for value in overrides]

@@ -24,6 +24,7 @@ from torchrl_pmoe.collectors.session import connect
 from torchrl_pmoe.collectors.transport import PolicySender, freeze, thaw
 from torchrl_pmoe.collectors.worker import Answer, Fault, Order, RolloutWorker, WorkerSetup, unpack_frames
 from torchrl_pmoe.envs import EnvironmentFault, NormalizeObservationAndReward
+from torchrl_pmoe.envs.vector import cores
 
 __all__ = ["EpisodesOfWorkers", "ReplaceableRayCollector", "WorkerError"]
 
@@ -142,7 +143,7 @@ class ReplaceableRayCollector(BaseCollector):
         self._frames = 0
         self._workers = [_Worker(index) for index in range(num_workers)]
         local = address in (None, "local")
-        self._owns_ray = connect(address, num_cpus=max(num_workers, _cores()) if local else None)
+        self._owns_ray = connect(address, num_cpus=max(num_workers, cores()) if local else None)
         self._started_here = self._owns_ray and local
         import ray
 
@@ -170,10 +171,10 @@ class ReplaceableRayCollector(BaseCollector):
     def _begin(self) -> None:
         """Make all workers and their environments, before any work."""
         # a Ray that was started here shares out as many as there are workers
-        cores = _cores() if self._started_here else int(self._ray.cluster_resources().get("CPU", 0))
-        if len(self._workers) > cores:
+        there = cores() if self._started_here else int(self._ray.cluster_resources().get("CPU", 0))
+        if len(self._workers) > there:
             warnings.warn(
-                f"{len(self._workers)} workers share {cores} cores: more workers than cores make nothing faster",
+                f"{len(self._workers)} workers share {there} cores: more workers than cores make nothing faster",
                 stacklevel=3,
             )
         free = int(self._ray.available_resources().get("CPU", 0))
@@ -392,12 +393,6 @@ class EpisodesOfWorkers:
 def seed_of(seed: int, worker: int, rounds: int) -> int:
     """The seed of episodes that begin in the middle of a run."""
     return int(np.random.SeedSequence([seed, worker, rounds]).generate_state(1)[0]) % 2**31
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
+
+from torchrl_pmoe.envs.vector import cores
 
 __all__ = ["EnvPoolEnv"]
 
@@ -66,7 +67,7 @@ class EnvPoolEnv(EnvBase):
         self._name = name
         self._max_episode_steps = int(config["max_episode_steps"])
         self._settings: dict[str, Any] = {
-            "num_threads": num_threads or min(num_envs, _num_cores()),
+            "num_threads": num_threads or min(num_envs, cores()),
             "max_episode_steps": min(self._max_episode_steps + 1, _MAX_INT32),
         }
         if name.endswith("-v4") and "post_constraint" in config:
@@ -190,9 +191,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
         yield
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -10,10 +10,12 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -27,7 +29,7 @@ from torchrl_pmoe.envs.libraries import GymnasiumView, UnusableError, library_of
 from torchrl_pmoe.envs.mujoco import MUJOCO_TASKS, mujoco_task
 from torchrl_pmoe.envs.mujoco.engines import has_mjx, quiet_mujoco
 from torchrl_pmoe.envs.parallel import parallel_env
-from torchrl_pmoe.envs.vector import batched_gym_env
+from torchrl_pmoe.envs.vector import batched_gym_env, cores, seeds_of
 
 __all__ = ["Backend", "Env", "EnvironmentFault", "full_id", "make_env", "make_gym_env", "try_env", "worker_fault"]
 
@@ -35,6 +37,8 @@ Backend = Literal["serial", "threads", "parallel", "envpool", "mjx"]
 """Where a batch of environments runs: one after the other or on threads in this process, one process each, EnvPool, or
 MJX."""
 
+# so many that what a rollout costs besides does not count
+_STEPS_TIMED = 16
 _FLOATS = (np.float16, np.float32, np.float64)
 
 
@@ -71,6 +75,7 @@ def make_env(
     *,
     num_envs: int = 1,
     seed: int = 0,
+    runs: int = 1,
     env_kwargs: Mapping[str, Any] | None = None,
     backend: Backend = "serial",
     device: torch.device | str | None = None,
@@ -85,6 +90,8 @@ def make_env(
     Keyword Args:
         num_envs: ``N``; the batch size is ``[]`` for one environment on ``"serial"``, else ``[N]``.
         seed: of the first environment; the seeds of the others follow from it.
+        runs: how many runs share the environments, the first of them the first run's. On ``"serial"`` and
+            ``"threads"`` each run has those that it would have alone, with the seeds ``seed``, ``seed + 1``, …
         env_kwargs: arguments of the environment.
         backend: where the environments run.
         device: of the physics, on ``"mjx"``.
@@ -112,29 +119,28 @@ def make_env(
         made = parallel_env(num_envs, single)
         made.fault_file = fault_file
         weakref.finalize(made, Path(fault_file).unlink, missing_ok=True)
-    else:
-        threads = backend == "threads"
-        made = _make_in_process(env, num_envs, env_kwargs, clip_actions=clip_actions, threads=threads)
-    made.set_seed(seed)
-    return made
-
-
-def _make_in_process(
-    env: Env, num_envs: int, env_kwargs: Mapping[str, Any] | None, *, clip_actions: bool, threads: bool
-) -> EnvBase:
+        made.set_seed(seed)
+        return made
     single = partial(_make_single, env, env_kwargs, clip_actions=clip_actions)
     if num_envs == 1:
-        return single()
-    make = partial(make_gym_env, env, env_kwargs)
+        return _seeded(single, seed)
+    make, threads = partial(make_gym_env, env, env_kwargs), backend == "threads"
     with closing(make()) as first:
         of_torchrl = isinstance(first, GymnasiumView)
     if not of_torchrl:
-        return _as_torchrl(batched_gym_env(make, num_envs, threads=threads), clip_actions=clip_actions)
+        batch = partial(batched_gym_env, make, num_envs, runs=runs, threads=threads)
+        return _seeded(lambda: _as_torchrl(batch(), clip_actions=clip_actions), seed)
     if threads:
         raise EnvironmentFault(
             f"backend=threads: must be serial or parallel with env={_shown(env)}, which TorchRL makes"
         )
-    return SerialEnv(num_envs, single)
+    return SerialEnv(num_envs, [partial(_seeded, single, one) for one in seeds_of(seed, num_envs, runs)])
+
+
+def _seeded(make: Callable[[], EnvBase], seed: int) -> EnvBase:
+    made = make()
+    made.set_seed(seed)
+    return made
 
 
 def _make_single(
@@ -178,6 +184,46 @@ def unavailable(backend: Backend, name: Env, env_kwargs: Mapping[str, Any] | Non
         ],
     }
     return next((why for holds, why in reasons.get(backend, []) if holds()), None)
+
+
+def faster_backend(
+    env: Env, num_envs: int, env_kwargs: Mapping[str, Any] | None = None, *, seconds: float = 1.0
+) -> Literal["serial", "threads"]:
+    """The faster of two backends whose frames are the same, by a moment of random actions on each.
+
+    Args:
+        env: as :func:`make_env` takes it.
+        num_envs: ``N``.
+        env_kwargs: arguments of the environment.
+
+    Keyword Args:
+        seconds: of the measurement.
+
+    Raises:
+        EnvironmentFault: where the environment cannot be made.
+    """
+    if num_envs == 1 or cores() == 1 or unavailable("threads", env, env_kwargs) is not None:
+        return "serial"
+    make = partial(make_gym_env, env, env_kwargs)
+    with closing(make()) as first:
+        if isinstance(first, GymnasiumView):
+            return "serial"
+    taken: tuple[list[float], list[float]] = ([], [])
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        batches = [batched_gym_env(make, num_envs, threads=threads) for threads in (False, True)]
+        for batch in batches:
+            stack.callback(batch.close)
+            batch.rollout(_STEPS_TIMED, break_when_any_done=False)
+        until = perf_counter() + seconds
+        while perf_counter() < until or len(taken[0]) < 3:
+            for batch, times in zip(batches, taken, strict=True):
+                began = perf_counter()
+                batch.rollout(_STEPS_TIMED, break_when_any_done=False)
+                times.append(perf_counter() - began)
+    serial, threads = map(median, taken)
+    # threads take the core that the learner might have: they must be worth it
+    return "threads" if threads < 0.9 * serial else "serial"
 
 
 # ------------------------------------------------------------------------------------------ one environment
