@@ -33,7 +33,7 @@ def seeds_of(first: int, num_envs: int, runs: int = 1) -> list[int]:
     for seed in range(first, first + runs):
         for _ in range(num_envs // runs):
             seeds.append(seed)
-            seed = seed_generator(seed)  # noqa: PLW2901
+            seed = seed_generator(seed)
     return seeds
 
 
@@ -80,9 +80,7 @@ class ThreadedVectorEnv(SeededVectorEnv):
         num_threads: as many as there are cores for this process, at most one for each environment, if not given.
     """
 
-    def __init__(
-        self, makers: Sequence[Callable[[], gym.Env]], runs: int = 1, num_threads: int | None = None
-    ) -> None:
+    def __init__(self, makers: Sequence[Callable[[], gym.Env]], runs: int = 1, num_threads: int | None = None) -> None:
         super().__init__(makers, runs)
         self._pool = ThreadPoolExecutor(num_threads or min(cores(), len(makers)))
 
@@ -105,9 +103,7 @@ class ThreadedVectorEnv(SeededVectorEnv):
         self._pool.shutdown()
 
 
-def batched_gym_env(
-    make: Callable[[], gym.Env], num_envs: int, *, runs: int = 1, threads: bool = False
-) -> GymWrapper:
+def batched_gym_env(make: Callable[[], gym.Env], num_envs: int, *, runs: int = 1, threads: bool = False) -> GymWrapper:
     """``num_envs`` environments in one of batch size ``[num_envs]``.
 
     A step costs a third of that of a ``SerialEnv``, which wraps each environment for itself; the frames are the same.
