@@ -30,7 +30,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def load(
     *,
     agent: int | None = None,
     act: str | None = None,
-    commit_steps: int | None = None,
+    commit_steps: int | Literal["episode"] | None = None,
     on: str = "cpu",
 ) -> LoadedPolicy:
     """The agent of a run.
@@ -302,6 +302,10 @@ def _integer(at_least: int, at_most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _steps(given: str) -> int | str:
+    return given if given == "episode" else _integer(1, 2**31 - 1)(given)
+
+
 def _device(given: str) -> str:
     try:
         torch.zeros(1, device=given).item()
@@ -322,7 +326,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--episodes", type=_integer(1), default=10, metavar="N", help="how many (10)")
     add("--seed", type=_integer(0, 2**31 - 1), help="of the first episode (the agent's + 4,000,000)")
     add("--act", choices=KINDS, help="how the agent acts (as in the run's own evaluations)")
-    add("--commit-steps", type=_integer(1), metavar="N", help="with --act committed: steps of an expert (the episode)")
+    steps = "with --act committed: for how many steps an expert acts, or episode (as in the run, else episode)"
+    add("--commit-steps", type=_steps, metavar="N", help=steps)
     add("--max-steps", type=_integer(1), metavar="N", help="cut an episode here (logger.eval_max_steps of the run)")
     add("--agent", type=_integer(0), metavar="SEED", help="which one, of a run with num_seeds above 1")
     add("--output", type=Path, metavar="DIR", help="where the files go (RUN/evaluation)")

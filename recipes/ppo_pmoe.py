@@ -67,6 +67,7 @@ LOSS_COLUMNS = (
 def build_env(cfg: OnPolicyConfig) -> tuple[EnvBase, NormalizeObservationAndReward]:
     """The seeded environment, and what normalises its observations and rewards."""
     try_env(cfg.env, cfg.env_kwargs)
+    cfg.choose_backend()
     env = make_env(cfg.env, clip_actions=cfg.actions == "unbounded", **cfg.environments())
     normalization = cfg.make_normalization()()
     return env.append_transform(normalization), normalization

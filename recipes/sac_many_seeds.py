@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
     process.begin()
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sac_pmoe import about, as_agent, build_agent, explorer_and_evaluated
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import RandomSampler, TensorDictReplayBuffer
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, SerialEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import SACLoss, SoftUpdate
 from torchrl.trainers.trainers import SelectKeys
@@ -85,7 +86,12 @@ class SeedReplay(FlatReplay):
 def make_envs(cfg: ManySeedsConfig) -> EnvBase:
     """The environments of all agents in one batch, those of the first agent first; seeded as in runs of their own."""
     try_env(cfg.env, cfg.env_kwargs)
-    return make_env(cfg.env, runs=cfg.num_seeds, **cfg.environments(cfg.num_seeds))
+    cfg.choose_backend(cfg.num_seeds)
+    options = cfg.environments(cfg.num_seeds)
+    if options["num_envs"] == 1 and options["backend"] in ("serial", "threads"):
+        # a single environment has no batch dimension, and the agents' has one
+        return SerialEnv(1, partial(make_env, cfg.env, **options))
+    return make_env(cfg.env, runs=cfg.num_seeds, **options)
 
 
 def build_agents(cfg: ManySeedsConfig, env: EnvBase) -> list[tuple[ProbabilisticActor, SACLoss]]:

@@ -101,12 +101,12 @@ def train(
     Keyword Args:
         only_if_unfinished: a checkpoint that has all frames is loaded, and no more than that.
     """
-    here = cfg.environments()
     if create_env is None:
         try_env(cfg.env, cfg.env_kwargs)
-        env = make_env(cfg.env, **here)
+        cfg.choose_backend()
+        env = make_env(cfg.env, **cfg.environments())
     else:
-        env = create_env(num_envs=here["num_envs"], device=cfg.device)
+        env = create_env(num_envs=cfg.environments()["num_envs"], device=cfg.device)
     seed_everything(cfg.seed)
     actor, loss = build_agent(cfg, env.action_spec_unbatched, env.observation_spec["observation"].shape[-1])
     explorer, evaluated = explorer_and_evaluated(cfg, actor, loss)

@@ -8,6 +8,7 @@ recipe imports, it does not show: that takes a process that Python starts anew.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -193,6 +195,19 @@ def _become(request: Mapping[str, Any], files: Sequence[int]) -> None:
     tempfile.tempdir = None
 
 
+def _leave(status: object) -> None:
+    """Leave as Python does, but for taking down every module that was imported, which takes most of a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    if status is not None and not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit((status or 0) & 0xFF)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(RECIPES))
     for name in _IMPORTS:
@@ -201,4 +216,9 @@ if __name__ == "__main__":
     if request is not None:
         sys.argv = request["args"]
         sys.path[:2] = [str(Path(sys.argv[0]).parent)]  # as Python has it
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        status: object = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        _leave(status)

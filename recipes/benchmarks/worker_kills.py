@@ -94,7 +94,13 @@ def finish(process: subprocess.Popen[bytes], run: Path) -> None:
     Raises:
         RuntimeError: if it did not end well.
     """
-    if process.wait():
+    try:
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if status:
         said = Path(f"{run}.txt").read_text().strip().splitlines()
         raise RuntimeError(f"the training of {run.name} did not end well: {said[-1:]}")
 
@@ -126,17 +132,21 @@ def torture(
             while monotonic() < moment and process.poll() is None:
                 sleep(0.05)
             if process.poll() is not None:
+                finish(process, run)
                 raise RuntimeError(f"the training ended after {len(found)} kills: total_frames must be larger")
-            if workers := workers_of(process):
+            # one that has just died by itself is not there any more
+            with suppress(psutil.Error):
+                if not (workers := workers_of(process)):
+                    continue
                 worker = rng.choice(workers)
                 worker.kill()
                 found.append(Kill(monotonic() - began, worker.pid, frames_of(run)))
                 bar.update()
-        finish(process, run)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finish(process, run)
     return found
 
 
@@ -173,7 +183,7 @@ def main() -> None:
     replaced = said.count(" is replaced at frame ")
     print(f"\n{len(found)} kills, {replaced} workers replaced; metrics.csv is that of a training whose workers lived")
     last = {name: [row for row in returns if row[0] == name][-1] for name in RUNS}
-    print_table(["run", "frames", "return"], [[name, str(row[1]), f"{row[2]:.1f}"] for name, row in last.items()])
+    print_table(["run", "frames", "return"], [[name, f"{row[1]:g}", f"{row[2]:.1f}"] for name, row in last.items()])
     write_csv(
         given.output.with_name(f"{given.output.stem}_moments.csv"),
         ["kill", "seconds", "frames"],

@@ -174,6 +174,14 @@ class Run:
         """How many updates a run makes."""
         raise NotImplementedError
 
+    def choose_backend(self, agents: int = 1) -> None:
+        """Measure where the environments of some agents step faster, if ``collector.backend`` is null.
+
+        The frames are the same. A run that goes on keeps what was chosen.
+        """
+        if self.collector.backend is None:
+            self.collector.backend = faster_backend(self.env, self.collector.num_envs * agents, self.env_kwargs)
+
     def environments(self, agents: int = 1) -> dict[str, Any]:
         """Keyword arguments of :func:`torchrl_pmoe.envs.make_env`, for the environments of some agents.
 
@@ -285,12 +293,11 @@ def fit_to_machine(config: Any) -> None:
         )
     on_gpu = str(config.device).startswith("cuda")
     collector = config.collector
-    if collector.backend is None:
-        # the frames are the same; a run keeps what was chosen
-        collector.backend = faster_backend(config.env, collector.num_envs, config.env_kwargs)
     remote = collector.backend == "ray"
     why = {
-        "collector.backend": None if remote else unavailable(collector.backend, config.env, config.env_kwargs),
+        "collector.backend": None
+        if collector.backend in (None, "ray")
+        else unavailable(collector.backend, config.env, config.env_kwargs),
         "collector.ray.backend": unavailable(collector.ray.backend, config.env, config.env_kwargs) if remote else None,
     }
     if remote and find_spec("ray") is None:

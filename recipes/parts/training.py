@@ -527,6 +527,8 @@ def train_and_record(
         _resume(trainer, run_dir, checkpoint, recorded, number, finished=only_if_unfinished)
         if only_if_unfinished and trainer.collected_frames >= trainer.total_frames and not recorded.given_up:
             recorded.close()
+            # its workers would keep the cores that the next training needs
+            trainer.collector.shutdown()
             return
         on_resume()
         recorded.resume(trainer.collected_frames // number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from threading import Barrier
 
@@ -16,7 +15,7 @@ from torchrl.collectors import Collector
 from torchrl.data import Bounded
 from torchrl.envs import GymWrapper, SerialEnv
 
-from torchrl_pmoe.envs import make_env, making, vector
+from torchrl_pmoe.envs import make_env, making
 from torchrl_pmoe.envs.making import EnvironmentFault, faster_backend, make_gym_env
 from torchrl_pmoe.envs.vector import ThreadedVectorEnv
 
@@ -130,27 +129,45 @@ def test_steps_on_threads_overlap():
     vector.close()
 
 
-class Long(Halves):
-    """Its step sleeps, as one does that lets go of the interpreter's lock, or computes in Python, which does not."""
+@pytest.mark.parametrize(("serial", "threads", "faster"), [(4.0, 2.0, "threads"), (2.0, 2.0, "serial")])
+@pytest.mark.parametrize("seconds", [1.0, 1000.0], ids=["few steps", "many"])
+def test_the_faster_backend_is_found(serial, threads, faster, seconds, monkeypatch):
+    now, steps = [0.0], []
 
-    def __init__(self, sleeps):
-        self.sleeps = sleeps
+    class Batch:
+        """Takes as long as it says."""
 
-    def step(self, action):
-        until = time.perf_counter() + 0.004
-        while not self.sleeps and time.perf_counter() < until:
-            pass
-        time.sleep(0.004 * self.sleeps)
-        return super().step(action)
+        def __init__(self, seconds):
+            self.seconds = seconds
 
+        def rollout(self, number, **kwargs):
+            steps.append(number)
+            torch.rand(1)
+            now[0] += self.seconds * number
 
-@pytest.mark.parametrize(("sleeps", "backend"), [(True, "threads"), (False, "serial")])
-def test_the_faster_backend_is_found(sleeps, backend, monkeypatch):
+        def close(self):
+            steps.append(0)
+
+    monkeypatch.setattr(making, "perf_counter", lambda: now[0])
     monkeypatch.setattr(making, "cores", lambda: 2)
-    monkeypatch.setattr(vector, "cores", lambda: 2)
+    monkeypatch.setattr(making, "batched_gym_env", lambda make, n, *, threads: Batch(times[threads]))
+    times = {False: serial, True: threads}
     before = torch.get_rng_state()
-    assert faster_backend(partial(Long, sleeps), 4) == backend
+    assert faster_backend("Pendulum-v1", 4, seconds=seconds) == faster
     assert torch.equal(torch.get_rng_state(), before)
+    assert steps[-2:] == [0, 0]
+    # three rounds on each where a step takes long; so many steps that the rest does not count where it does not
+    assert now[0] <= max(4 * (serial + threads), 1.3 * seconds)
+    assert (steps[2] == 16) == (seconds == 1000.0)
+
+
+def test_runs_that_share_a_batch_have_the_environments_that_they_would_have_alone():
+    for env in ("Hopper-v4", own):
+        shared = make_env(env, num_envs=4, seed=7, runs=2).reset()["observation"]
+        alone = [make_env(env, num_envs=2, seed=seed).reset()["observation"] for seed in (7, 8)]
+        torch.testing.assert_close(shared, torch.cat(alone), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="num_envs=3 must be a multiple of runs=2"):
+        make_env("Hopper-v4", num_envs=3, runs=2)
 
 
 def test_where_threads_cannot_help_nothing_is_measured(monkeypatch):

@@ -67,6 +67,8 @@ def test_a_backend_that_was_measured_is_in_the_config_of_the_run(monkeypatch):
     monkeypatch.setattr(shared, "faster_backend", lambda env, num_envs, kwargs: faster[num_envs])
     for number, backend in faster.items():
         cfg = recipe_runs.resolve(ppo_pmoe, "env=Ant-v4", f"collector.num_envs={number}", "collector.backend=null")
+        assert cfg.collector.backend is None
+        cfg.choose_backend()
         assert cfg.collector.backend == backend
         assert f"collector.backend={backend}" in cfg.collector.described()
 

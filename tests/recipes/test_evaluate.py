@@ -500,10 +500,11 @@ def test_an_expert_is_drawn_only_where_there_are_several_to_draw_from(trained, o
 
 def test_a_committed_expert_acts_for_as_many_steps_as_are_asked_for(trained):
     run, _ = trained(sac_pmoe, "env=Pendulum-v1")
-    output = evaluated(run, "--episodes", "1", "--act", "committed", "--commit-steps", "5")
+    output = evaluated(run, "--episodes", "1", "--act", "committed", "--commit-steps", "2")
     experts = [row["expert"] for row in table(output / "experts.csv")]
-    assert [len(set(experts[first : first + 5])) for first in range(0, STEPS, 5)] == [1] * (STEPS // 5)
-    whole = table(evaluated(run, "--episodes", "1", "--act", "committed") / "experts.csv")
+    assert experts[::2] == experts[1::2]
+    assert len(set(experts)) > 1
+    whole = table(evaluated(run, "--episodes", "1", "--act", "committed", "--commit-steps", "episode") / "experts.csv")
     assert len({row["expert"] for row in whole}) == 1
 
 

@@ -84,12 +84,11 @@ def go_on_here(recipe, run: Path, **changes) -> None:
         (sac_pmoe, [*SAC, "acting=committed", "commit_steps=7", "collector.num_envs=2"], 150),
         (sac_pmoe, [*SAC, "collector.init_random_frames=120"], 60),
         pytest.param(sac_pmoe, [*SAC, "replay_buffer.prb=true", "replay_buffer.size=64"], 150, marks=EXTENSION),
-        (ppo_pmoe, [*PPO], 256),
         (ppo_pmoe, [*PPO, "env=HalfCheetah-v4", "scoring=critic", "collector.num_envs=2"], 512),
         (ppo_pmoe, [*PPO, "collector.backend=serial", "on_nonfinite=skip", "actions=bounded"], 384),
         (dac, [*PPO], 384),
     ],
-    ids=["sac", "gaussian", "memmap", "skip", "committed", "random frames", "prioritised", "ppo", "critic", "ppo skip",
+    ids=["sac", "gaussian", "memmap", "skip", "committed", "random frames", "prioritised", "critic", "ppo skip",
          "dac"],
 )  # fmt: skip
 def test_an_interrupted_run_ends_with_the_metrics_of_one_that_was_left_alone(recipe, overrides, after, tmp_path):
@@ -101,8 +100,11 @@ def test_an_interrupted_run_ends_with_the_metrics_of_one_that_was_left_alone(rec
     assert timeless_rows(tmp_path / "half") == timeless_rows(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("recipe", "small"), [(sac_pmoe, SAC), (ppo_pmoe, PPO)], ids=["sac", "ppo"])
-@pytest.mark.parametrize("change", [("stop", "skip"), ("skip", "stop")], ids="-".join)
+@pytest.mark.parametrize(
+    ("recipe", "small", "change"),
+    [(sac_pmoe, SAC, ("stop", "skip")), (ppo_pmoe, PPO, ("skip", "stop"))],
+    ids=["sac, then skip", "ppo, then stop"],
+)
 def test_a_run_goes_on_with_another_word_on_bad_numbers(recipe, small, change, tmp_path):
     """Where there are none, that changes nothing but the columns that count them."""
     before, after = change
@@ -206,11 +208,15 @@ def hangups_are_heard():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("which", [2, -1], ids=["an evaluation on the way", "the last evaluation"])
 @pytest.mark.parametrize(
-    ("recipe", "small"),
-    [(sac_pmoe, SAC), (ppo_pmoe, PPO), (sac_many_seeds, [*SAC, "num_seeds=2"])],
-    ids=["sac", "ppo", "seeds"],
+    ("recipe", "small", "which"),
+    [
+        (sac_pmoe, SAC, 2),
+        (ppo_pmoe, PPO, -1),
+        (sac_many_seeds, [*SAC, "num_seeds=2"], 2),
+        (sac_many_seeds, [*SAC, "num_seeds=2"], -1),
+    ],
+    ids=["sac, on the way", "ppo, the last one", "seeds, on the way", "seeds, the last one"],
 )
 def test_a_signal_in_an_evaluation_gives_it_up_and_the_run_goes_on_with_it(
     recipe, small, which, tmp_path, monkeypatch, capfd, hangups_are_heard

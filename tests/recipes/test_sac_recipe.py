@@ -44,9 +44,8 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def pmoe_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The true command: all else is forked from a process that has imported the recipes."""
     directory = tmp_path_factory.mktemp("pmoe")
-    return directory / "run", start(*SMALL, "num_experts=3", "hydra.run.dir=run", directory=directory, anew=True)
+    return directory / "run", start(*SMALL, "num_experts=3", "hydra.run.dir=run", directory=directory)
 
 
 def test_run_ends_well_and_prints_what_is_trained_and_a_progress_bar(pmoe_run):
@@ -405,3 +404,27 @@ def test_a_refused_run_leaves_the_users_own_directory(where, tmp_path):
     done = start("num_experts=0", f"hydra.run.dir={where}", directory=tmp_path / "empty")
     assert_one_line(done, "num_experts=0: must be ")
     assert (tmp_path / "empty").is_dir()
+
+
+def test_frames_are_collected_by_committed_experts(tmp_path, monkeypatch):
+    steps_left = []
+    build = sac_pmoe.build_collector
+
+    def watched(env, explorer, **kwargs):
+        collector = build(env, explorer, **kwargs)
+        iterate = collector.iterator
+
+        def iterator():
+            for batch in iterate():
+                steps_left.append(batch["steps_left"].flatten(1))  # [N, T]
+                yield batch
+
+        collector.iterator = iterator
+        return collector
+
+    monkeypatch.setattr(sac_pmoe, "build_collector", watched)
+    where = ["collector.num_envs=2", "collector.init_random_frames=0", "+env_kwargs.max_episode_steps=6"]
+    recipe_runs.run_here(sac_pmoe, tmp_path, *TINY, "acting=committed", "commit_steps=4", *where)
+    found = torch.cat(steps_left, 1)[:, :12]
+    # four steps, then the two that are left of an episode of six
+    assert found.tolist() == [[3, 2, 1, 0, 3, 2] * 2] * 2

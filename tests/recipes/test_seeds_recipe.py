@@ -53,6 +53,11 @@ def test_every_seed_leaves_the_record_of_a_run_of_its_own(overrides, tmp_path, r
     assert len(returns) == 3
 
 
+def test_a_single_seed_trains_too(tmp_path):
+    sac_many_seeds.train(config("num_seeds=1", recipe=sac_many_seeds), tmp_path)
+    assert [row["frames"] for row in rows(tmp_path / "seed4")] == ["30", "60"]
+
+
 def test_agents_and_environments_begin_as_in_runs_of_their_own():
     cfg = config("num_seeds=3", "collector.num_envs=2", recipe=sac_many_seeds)
     env = sac_many_seeds.make_envs(cfg)

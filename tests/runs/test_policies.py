@@ -176,6 +176,8 @@ def test_a_committed_expert_keeps_acting_in_an_environment(given, length, traine
     torch.manual_seed(6)
     played = GymEnv("Pendulum-v1").rollout(STEPS, policy)
     experts = played["expert"].squeeze(-1)
+    if length < STEPS:
+        assert len(set(experts[::length].tolist())) > 1
     assert [len(set(part.tolist())) for part in experts.split(length)] == [1] * -(-STEPS // length)
     with torch.no_grad():
         means = raw("committed", agent.actor.get_dist(played.select("observation")).expert_mode)  # [T, K, 1]
@@ -298,6 +300,7 @@ def test_nothing_of_the_process_is_changed(trained):
             {"act": "wildly"},
             f"act='wildly': must be one of {WAYS} or the number of an expert",
         ),
+        ({"commit_steps": 5}, "commit_steps=5: must be left out with act=deterministic, where no expert keeps acting"),
         ({"act": 3}, f"act=3: must be one of {WAYS} or an expert below 3"),
         ({"act": -1}, f"act=-1: must be one of {WAYS} or an expert below 3"),
         (
@@ -314,7 +317,7 @@ def test_what_a_run_does_not_have_is_told_in_one_line(given, line, trained):
 
 @pytest.mark.parametrize("name", ["gaussian", "dac"])
 def test_a_policy_without_experts_has_none_to_act(name, trained):
-    with pytest.raises(ValueError, match=r"^act=0: must be one of deterministic, drawn, stochastic, committed$"):
+    with pytest.raises(ValueError, match=r"^act=0: must be one of deterministic, drawn, stochastic$"):
         load_policy(trained(name)[0], act=0)
 
 

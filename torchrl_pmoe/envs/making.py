@@ -37,8 +37,6 @@ Backend = Literal["serial", "threads", "parallel", "envpool", "mjx"]
 """Where a batch of environments runs: one after the other or on threads in this process, one process each, EnvPool, or
 MJX."""
 
-# so many that what a rollout costs besides does not count
-_STEPS_TIMED = 16
 _FLOATS = (np.float16, np.float32, np.float64)
 
 
@@ -99,6 +97,7 @@ def make_env(
 
     Raises:
         EnvironmentFault: where the environment cannot be made, or not on this backend.
+        ValueError: where the runs cannot share the environments evenly.
 
     Examples:
         >>> make_env("Pendulum-v1", num_envs=2).rollout(3)["action"].shape
@@ -106,6 +105,8 @@ def make_env(
     """
     if (why := unavailable(backend, env, env_kwargs)) is not None:
         raise EnvironmentFault(f"backend={backend}: must be serial or parallel {why}")
+    if runs < 1 or num_envs % runs:
+        raise ValueError(f"make_env: num_envs={num_envs} must be a multiple of runs={runs}.")
     if backend == "mjx":
         batched: EnvBase = mujoco_task(str(env), num_envs, seed=seed, device=device or "cpu")
         return normalize_actions(batched, clip=clip_actions)
@@ -134,6 +135,8 @@ def make_env(
         raise EnvironmentFault(
             f"backend=threads: must be serial or parallel with env={_shown(env)}, which TorchRL makes"
         )
+    if runs == 1:
+        return _seeded(lambda: SerialEnv(num_envs, single), seed)
     return SerialEnv(num_envs, [partial(_seeded, single, one) for one in seeds_of(seed, num_envs, runs)])
 
 
@@ -197,7 +200,7 @@ def faster_backend(
         env_kwargs: arguments of the environment.
 
     Keyword Args:
-        seconds: of the measurement.
+        seconds: of the measurement; where a step takes long, three rounds of one step on each.
 
     Raises:
         EnvironmentFault: where the environment cannot be made.
@@ -214,12 +217,16 @@ def faster_backend(
         batches = [batched_gym_env(make, num_envs, threads=threads) for threads in (False, True)]
         for batch in batches:
             stack.callback(batch.close)
-            batch.rollout(_STEPS_TIMED, break_when_any_done=False)
+            began = perf_counter()
+            batch.rollout(1)
+        step = perf_counter() - began
+        # what a rollout costs besides should not count
+        steps = max(1, min(16, int(seconds / 20 / max(step, 1e-6))))
         until = perf_counter() + seconds
         while perf_counter() < until or len(taken[0]) < 3:
             for batch, times in zip(batches, taken, strict=True):
                 began = perf_counter()
-                batch.rollout(_STEPS_TIMED, break_when_any_done=False)
+                batch.rollout(steps, break_when_any_done=False)
                 times.append(perf_counter() - began)
     serial, threads = map(median, taken)
     # threads take the core that the learner might have: they must be worth it

@@ -22,8 +22,8 @@ from torchrl_pmoe.runs.evaluation import Evaluator
 __all__ = ["KINDS", "Acted", "CarriedOptionPolicy", "Episode", "EpisodePlayer", "Kind", "WatchedPolicy", "acting"]
 
 Kind = Literal["deterministic", "drawn", "stochastic", "committed"]
-"""The mean of the likeliest expert, the mean of an expert that is drawn at every step, a draw of the action as in
-training, or the mean of a drawn expert that keeps acting."""
+"""The mean of the likeliest expert, the mean of an expert that is drawn at every step, a draw of the whole policy, or
+the mean of a drawn expert that keeps acting."""
 KINDS: tuple[str, ...] = get_args(Kind)
 
 

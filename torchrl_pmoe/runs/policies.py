@@ -22,7 +22,7 @@ from torchrl.objectives import SACLoss
 from torchrl_pmoe.baselines import OptionActor
 from torchrl_pmoe.envs.action_units import RawActionPolicy
 from torchrl_pmoe.envs.normalization import NormalizedPolicy, NormalizeObservationAndReward, normalize_observation
-from torchrl_pmoe.modules.actors import BestOfExpertsActor, ExpertsActor
+from torchrl_pmoe.modules.actors import BestOfExpertsActor, ExpertsActor, PMOEActor
 from torchrl_pmoe.objectives import score_proposals
 from torchrl_pmoe.runs.acting import KINDS, CarriedOptionPolicy, Kind, WatchedPolicy, acting
 from torchrl_pmoe.runs.checkpoints import VerifiedCheckpoint
@@ -288,14 +288,16 @@ def load_policy(
         act: ``"deterministic"``, ``"drawn"``, ``"stochastic"``, ``"committed"``, or the number of the expert that acts
             alone, by its mean; as in the evaluations of the run if not given.
         commit_steps: for how many steps a ``"committed"`` expert acts; as in the run if not given, which is
-            ``"episode"`` where the run had no such experts.
+            ``"episode"`` where the run had no such experts. An environment that resets by itself between two calls
+            needs TorchRL's ``InitTracker``, so that an expert does not act on in the next episode.
         agent: seed of one agent, of a run that has several.
         device: of the policy.
         actor: takes the weights, where the run's own actor was not made by :func:`construct`.
 
     Raises:
         CheckpointError: in one line, where there is no whole checkpoint with a policy.
-        ValueError: for an agent, a kind or an expert that the run does not have.
+        ValueError: for an agent, a kind or an expert that the run does not have, and for ``commit_steps`` where no
+            expert is committed.
 
     Examples:
         >>> policy = load_policy("outputs/sac_pmoe/Walker2d-v4-pmoe-seed0/...")
@@ -324,11 +326,16 @@ def load_policy(
             f"actor: must have the parameters of the run's own ({' '.join(str(error).split())})"
         ) from error
     kind = state["kind"] if act is None else act
+    if commit_steps is not None and kind != "committed":
+        raise ValueError(
+            f"commit_steps={commit_steps!r}: must be left out with act={kind}, where no expert keeps acting"
+        )
     policy: TensorDictModuleBase = made
     if isinstance(kind, int) and not isinstance(kind, bool):
         if not isinstance(made, ExpertsActor) or not 0 <= kind < made.num_experts:
             experts = f" or an expert below {made.num_experts}" if isinstance(made, ExpertsActor) else ""
-            raise ValueError(f"act={kind}: must be one of {', '.join(KINDS)}{experts}")
+            kinds = [one for one in KINDS if one != "committed" or isinstance(made, PMOEActor)]
+            raise ValueError(f"act={kind}: must be one of {', '.join(kinds)}{experts}")
         policy, kind = made.expert(kind), "deterministic"
     elif kind not in KINDS:
         raise ValueError(f"act={kind!r}: must be one of {', '.join(KINDS)} or the number of an expert")
