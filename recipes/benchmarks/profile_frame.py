@@ -33,7 +33,7 @@ import sac_pmoe
 import watched_runs
 from hydra.errors import HydraException
 from parts.errors import UsageError
-from rounds import RESULTS, alternate, at_least_one, chosen, command_line, place, print_table, stop, write_csv
+from rounds import RESULTS, Finished, alternate, at_least_one, chosen, command_line, place, print_table, stop, write_csv
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.envs.libs.gym import GymWrapper
@@ -197,7 +197,7 @@ def profile(recipe: ModuleType, cfg: Any, warm_up: int, frames: int) -> dict[str
             if begun and collected >= begun + frames:
                 clock.stop()
                 begun = collected - begun
-                raise watched_runs.Finished
+                raise Finished
             if not begun and collected >= warm_up:
                 begun = collected
                 clock.start()

@@ -26,6 +26,13 @@ RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "mujoco", "stable-baselines3")
 
 
+class Finished(BaseException):
+    """Raised by a benchmark to end a run that has shown what was asked.
+
+    No ``Exception``, which a run would tell as what went wrong with it.
+    """
+
+
 def command_line(
     about: str, output: str, *, rounds: int = 5, threads: int = 2, variants: bool = True
 ) -> argparse.ArgumentParser:

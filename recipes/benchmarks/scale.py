@@ -35,7 +35,7 @@ import slow_simulator
 import watched_runs
 from hydra.errors import HydraException
 from parts.errors import UsageError
-from rounds import RESULTS, at_least_one, command_line, place, print_table, stop, write_csv
+from rounds import RESULTS, Finished, at_least_one, command_line, place, print_table, stop, write_csv
 from torchrl.trainers import Trainer
 from tqdm import tqdm
 
@@ -104,7 +104,7 @@ def measure_costs(recipe: ModuleType, cfg: Any, warm_up: int, frames: int) -> Co
             updates = trainers[0].optimization_stepper.updates
             marks.append((collected, updates, perf_counter(), collecting))
         if len(marks) == 2:
-            raise watched_runs.Finished
+            raise Finished
 
     watched_runs.run(recipe, cfg, after_batch, prepare)
     number, updates, seconds, collected = (after - before for before, after in zip(*marks, strict=True))

@@ -22,6 +22,7 @@ from config.ppo_pmoe import PPOConfig
 from config.sac_pmoe import SACConfig
 from parts.launch import read
 from parts.training import prepare_torch
+from rounds import Finished
 
 RECIPES = Path(__file__).parents[1]
 CONFIGS = {"sac_pmoe": SACConfig, "ppo_pmoe": PPOConfig}
@@ -34,13 +35,6 @@ QUIET = (
     "logger.progress_bar=false",
 )
 """No end, no evaluation and no checkpoint within the frames of a benchmark."""
-
-
-class Finished(BaseException):
-    """Raised by a benchmark to end a run that has shown what was asked.
-
-    No ``Exception``, which a run would tell as what went wrong with it.
-    """
 
 
 def resolve(recipe: ModuleType, overrides: Sequence[str]) -> Any:

@@ -19,9 +19,8 @@ from typing import IO, Any, NoReturn
 
 import torch
 from hydra.errors import HydraException
-from rounds import alternate, stop
+from rounds import Finished, alternate, stop
 from tqdm import tqdm
-from watched_runs import Finished
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

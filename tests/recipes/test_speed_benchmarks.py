@@ -28,7 +28,7 @@ import stock
 import update
 import workers
 from parts.off_policy import STORED
-from watched_runs import Finished
+from rounds import Finished
 from workers import MissingPackage
 
 from torchrl_pmoe.envs import make_env
