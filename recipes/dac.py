@@ -20,15 +20,12 @@ from omegaconf import DictConfig
 from parts.launch import keep_config, launch, start_or_resume
 from parts.networks import ACTIVATIONS, build_value, describe, orthogonal_, orthogonal_policy_
 from parts.on_policy import build_buffer, build_on_policy_trainer, build_schedule, diagnose, rescale
+from parts.recording import Agent, mean_columns, train_and_record
 from parts.resume import checkpoint_to_resume
 from parts.training import (
-    Agent,
     build_collector,
     build_optimizer,
-    isolated_rng,
-    mean_columns,
     seed_everything,
-    train_and_record,
 )
 from ppo_pmoe import build_env
 from tensordict import TensorDictBase
@@ -41,6 +38,7 @@ from torchrl.modules import IndependentNormal, TanhNormal, ValueOperator
 from torchrl_pmoe.baselines import DACLoss, DoubleGAE, OptionActor
 from torchrl_pmoe.envs import NormalizedPolicy
 from torchrl_pmoe.runs import CarriedOptionPolicy, construct
+from torchrl_pmoe.runs.evaluation import isolated_rng
 from torchrl_pmoe.trainers import FusedOptimizationStepper
 
 READ = ["observation", "is_init", "previous_option"]

@@ -81,7 +81,7 @@ def load(
     if act in ("drawn", "committed") and (policy in UNIMODAL or (chosen_by_critics and act == "drawn")):
         why = f"policy={policy}, which {UNIMODAL[policy]}" if policy in UNIMODAL else "acting=best_of_experts"
         raise UsageError(f"--act={act}: must be deterministic or stochastic with {why}")
-    if commit_steps is not None and "committed" not in (act, config.get("acting") if act is None else None):
+    if commit_steps is not None and (act or config.get("acting")) != "committed":
         raise UsageError(f"--commit-steps={commit_steps}: must be given with --act committed only")
     try:
         loaded = load_policy(checkpoint, agent=agent, act=act, commit_steps=commit_steps, device=on)  # type: ignore[arg-type]

@@ -29,15 +29,12 @@ from parts.on_policy import (
     diagnose,
     rescale,
 )
+from parts.recording import Agent, mean_columns, train_and_record
 from parts.resume import checkpoint_to_resume
 from parts.training import (
-    Agent,
     build_collector,
     build_optimizer,
-    isolated_rng,
-    mean_columns,
     seed_everything,
-    train_and_record,
     watch_experts,
 )
 from torch import nn
@@ -50,6 +47,7 @@ from torchrl.objectives.value import GAE
 from torchrl_pmoe import MeanOfDrawnExpertActor, PMOEClipPPOLoss
 from torchrl_pmoe.envs import NormalizedPolicy, NormalizeObservationAndReward, make_env
 from torchrl_pmoe.envs.making import try_env
+from torchrl_pmoe.runs.evaluation import isolated_rng
 from torchrl_pmoe.trainers import FusedOptimizationStepper
 
 TRAINED_ON = ["observation", "action", "action_log_prob", "advantage", "value_target", "state_value"]

@@ -23,14 +23,13 @@ from omegaconf import DictConfig
 from parts import off_policy
 from parts.launch import keep_config, launch, start_or_resume
 from parts.off_policy import DIAGNOSED_STATES, LOSS_COLUMNS, NEEDED_TO_RESUME, STORED
+from parts.recording import train_and_record
 from parts.resume import checkpoint_to_resume
 from parts.training import (
     build_collector,
     build_optimizer,
     build_trainer,
-    isolated_rng,
     seed_everything,
-    train_and_record,
 )
 from sac_pmoe import about, as_agent, build_agent, explorer_and_evaluated
 from tensordict import TensorDictBase
@@ -44,6 +43,7 @@ from torchrl.trainers.trainers import SelectKeys
 from torchrl_pmoe.envs import make_env
 from torchrl_pmoe.envs.making import try_env
 from torchrl_pmoe.objectives import StackedLoss, StackedPolicy
+from torchrl_pmoe.runs.evaluation import isolated_rng
 from torchrl_pmoe.trainers import EpisodeReturns, FlatReplay, FusedOptimizationStepper
 
 

@@ -23,16 +23,13 @@ from omegaconf import DictConfig
 from parts import off_policy
 from parts.launch import keep_config, launch, start_or_resume
 from parts.networks import POLICIES, UNIMODAL, build_qvalue, describe
+from parts.recording import Agent, mean_columns, train_and_record
 from parts.resume import checkpoint_to_resume
 from parts.training import (
-    Agent,
     build_collector,
     build_optimizer,
     build_trainer,
-    isolated_rng,
-    mean_columns,
     seed_everything,
-    train_and_record,
     watch_experts,
 )
 from tensordict.nn import TensorDictModuleBase
@@ -46,6 +43,7 @@ from torchrl_pmoe.envs import make_env
 from torchrl_pmoe.envs.making import try_env
 from torchrl_pmoe.objectives import score_proposals
 from torchrl_pmoe.runs.acting import Kind
+from torchrl_pmoe.runs.evaluation import isolated_rng
 from torchrl_pmoe.trainers import EpisodeReturns, FusedOptimizationStepper
 
 

@@ -202,9 +202,11 @@ def _leave(status: object) -> None:
         print(status, file=sys.stderr)
         status = 1
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError):
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except OSError:
+        status = 120  # what Python says of output that was lost
     os._exit((status or 0) & 0xFF)
 
 

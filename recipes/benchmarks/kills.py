@@ -80,7 +80,12 @@ def finish(process: subprocess.Popen[str]) -> str:
     Raises:
         RuntimeError: if it did not end well.
     """
-    out, err = process.communicate()
+    try:
+        out, err = process.communicate()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, process.args))}: {err.strip().splitlines()[-1:]}")  # type: ignore[arg-type]
     return out

@@ -24,13 +24,12 @@ from time import monotonic, sleep
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
-from kills import timeless
+from kills import finish, start, timeless
 from rounds import at_least_one, command_line, print_table, stop, write_csv
 from tqdm import tqdm
 
 from torchrl_pmoe.runs import read_metrics
 
-RECIPES = Path(__file__).parents[1]
 SETTINGS = [
     "env=Pendulum-v1",
     "total_frames=10_000",
@@ -51,23 +50,14 @@ class Kill:
 
     Args:
         seconds: from the start of the training.
-        worker: process that was killed.
         frames: evaluated by then.
     """
 
     seconds: float
-    worker: int
     frames: int
 
 
-def start(recipe: str, run: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """The recipe, with what it says in a file beside the run."""
-    with Path(f"{run}.txt").open("wb") as said:
-        command = [sys.executable, str(RECIPES / f"{recipe}.py"), *arguments, f"hydra.run.dir={run}"]
-        return subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True)
-
-
-def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes of Ray that collect frames for it; Ray names them so."""
     children = psutil.Process(process.pid).children(recursive=True)
     return [child for child in children if "RolloutWorker" in command_of(child)]
@@ -88,27 +78,10 @@ def frames_of(run: Path) -> int:
     return int(frames[-1]) if len(frames) else 0
 
 
-def finish(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Wait for its end.
-
-    Raises:
-        RuntimeError: if it did not end well.
-    """
-    try:
-        status = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    if status:
-        said = Path(f"{run}.txt").read_text().strip().splitlines()
-        raise RuntimeError(f"the training of {run.name} did not end well: {said[-1:]}")
-
-
 def torture(
-    recipe: str, run: Path, arguments: Sequence[str], *, kills: int, longest: float, bar: tqdm, seed: int = 0
-) -> list[Kill]:
-    """Train with workers that are killed, to the end.
+    recipe: str, run: Path, arguments: Sequence[str], *, kills: int, longest: float, bar: tqdm
+) -> tuple[list[Kill], str]:
+    """Train with workers that are killed, to the end; the kills, and what the training has said.
 
     Args:
         recipe: its name.
@@ -117,13 +90,12 @@ def torture(
         kills: how many.
         longest: seconds from one kill to the next.
         bar: moved on by every kill.
-        seed: of the moments and of the workers.
 
     Raises:
         RuntimeError: if the training ended before it had been harmed often enough, or not well.
     """
-    rng, found = random.Random(seed), list[Kill]()
-    process, began = start(recipe, run, arguments), monotonic()
+    rng, found = random.Random(0), list[Kill]()
+    process, began = start(recipe, *arguments, f"hydra.run.dir={run}"), monotonic()
     try:
         while not workers_of(process) and process.poll() is None:
             sleep(0.1)
@@ -132,22 +104,20 @@ def torture(
             while monotonic() < moment and process.poll() is None:
                 sleep(0.05)
             if process.poll() is not None:
-                finish(process, run)
+                finish(process)
                 raise RuntimeError(f"the training ended after {len(found)} kills: total_frames must be larger")
             # one that has just died by itself is not there any more
             with suppress(psutil.Error):
                 if not (workers := workers_of(process)):
                     continue
-                worker = rng.choice(workers)
-                worker.kill()
-                found.append(Kill(monotonic() - began, worker.pid, frames_of(run)))
+                rng.choice(workers).kill()
+                found.append(Kill(monotonic() - began, frames_of(run)))
                 bar.update()
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    finish(process, run)
-    return found
+    return found, finish(process)
 
 
 def main() -> None:
@@ -165,15 +135,14 @@ def main() -> None:
         runs = [Path(scratch, name.replace(", ", "-").replace(" ", "-")) for name in RUNS]
         try:
             for run, where in zip(runs[:2], ([], ON_RAY), strict=True):
-                finish(start(given.recipe, run, [*arguments, *where]), run)
-            found = torture(
+                finish(start(given.recipe, *arguments, *where, f"hydra.run.dir={run}"))
+            found, said = torture(
                 given.recipe, runs[2], [*arguments, *ON_RAY], kills=given.kills, longest=given.longest, bar=bar
             )
             if timeless(runs[2]) != timeless(runs[1]):
                 raise RuntimeError("metrics.csv is not that of a training whose workers lived")
         except RuntimeError as error:
             stop(error)
-        said = Path(f"{runs[2]}.txt").read_text()
         for name, run in zip(RUNS, runs, strict=True):
             data = read_metrics(run / "metrics.csv")
             returns += [(name, *row) for row in zip(*(data[key].tolist() for key in COLUMNS[1:]), strict=True)]

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from parts.errors import UsageError
 from parts.networks import ACTIVATIONS, POLICIES, UNIMODAL
+from parts.recording import EvaluationOptions, LoggerOptions
 from parts.resume import metadata
-from parts.training import CheckpointOptions, EvaluationOptions, LoggerOptions, RayOptions
+from parts.training import CheckpointOptions, RayOptions
 from pydantic import AfterValidator, Field
 from torchrl.envs import EnvBase
 
@@ -234,7 +235,7 @@ class Run:
         }
 
     def recording(self, agents: int = 1) -> dict[str, Any]:
-        """Keyword arguments of :func:`parts.training.train_and_record`, for a run of some agents."""
+        """Keyword arguments of :func:`parts.recording.train_and_record`, for a run of some agents."""
         return {
             "updates": self.updates,
             "evaluation": self.evaluation_options(),

@@ -28,7 +28,7 @@ def evaluations(run) -> list[dict[str, str]]:
     return [row for row in rows(run) if row.get("return_mean")] if (run / "metrics.csv").is_file() else []
 
 
-SAC = ("env=Pendulum-v1", "total_frames=10_000", "logger.eval_interval=1000")
+SAC = ("env=Pendulum-v1", "total_frames=10_000", "logger.eval_interval=2500")
 
 
 def test_the_default_policy_learns_pendulum_with_compiled_updates(tmp_path):

@@ -224,9 +224,9 @@ def processes_of(session):
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds processes through /proc")
 def test_workers_of_an_experiment_that_was_killed_end_with_checkpoints(tmp_path):
     small = [value for value in SMALL if not value.startswith(("env=", "logger.eval_interval"))]
-    args = ["policies=[gaussian]", "num_workers=2", "total_frames=1e6", "exploration_frames=100", "episodes=10"]
+    args = ["policies=[gaussian,pmoe]", "num_workers=2", "total_frames=1e6", "exploration_frames=100", "episodes=10"]
     args += ["replay_buffer.size=2e6", "logger.eval_interval=1e6", "collector.num_envs=10", "compile.enabled=false"]
-    runs_of = [tmp_path / "run" / name for name in ("gaussian-seed0",)]
+    runs_of = [tmp_path / "run" / name for name in ("gaussian-seed0", "pmoe-seed0")]
 
     def written():
         return [sorted(run.glob("checkpoints/checkpoint-*")) for run in runs_of]
@@ -238,7 +238,7 @@ def test_workers_of_an_experiment_that_was_killed_end_with_checkpoints(tmp_path)
         while processes_of(running.pid):
             time.sleep(0.05)
         _, err = running.communicate()
-    assert err.count("stopping: ") == 1
+    assert err.count("stopping: ") == 2
     assert "Traceback" not in err
     for run in runs_of:
         frames = [int(row.split(",")[0]) for row in (run / "checkpoints.csv").read_text().splitlines()[1:]]

@@ -331,6 +331,7 @@ def test_bad_value_is_named_with_what_is_allowed(override, allowed):
         (["policy=gating", "preset=paper"], "preset"),
         (["policy=mcp", "preset=paper"], "preset"),
         (["policy=gating", "acting=best_of_experts"], "acting"),
+        (["policy=mcp", "acting=best_of_experts"], "acting"),
         (["policy=mcp", "acting=committed"], "acting"),
         (["commit_steps=5"], "commit_steps"),
         (["acting=committed", "commit_steps=0"], "commit_steps"),

@@ -296,17 +296,11 @@ def test_nothing_of_the_process_is_changed(trained):
     ("given", "line"),
     [
         ({"agent": 7}, "agent=7: must be one of the seeds 3"),
-        (
-            {"act": "wildly"},
-            f"act='wildly': must be one of {WAYS} or the number of an expert",
-        ),
+        ({"act": "wildly"}, f"act='wildly': must be one of {WAYS} or the number of an expert"),
         ({"commit_steps": 5}, "commit_steps=5: must be left out with act=deterministic, where no expert keeps acting"),
         ({"act": 3}, f"act=3: must be one of {WAYS} or an expert below 3"),
         ({"act": -1}, f"act=-1: must be one of {WAYS} or an expert below 3"),
-        (
-            {"act": True},
-            f"act=True: must be one of {WAYS} or the number of an expert",
-        ),
+        ({"act": True}, f"act=True: must be one of {WAYS} or the number of an expert"),
     ],
 )
 def test_what_a_run_does_not_have_is_told_in_one_line(given, line, trained):
