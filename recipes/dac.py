@@ -127,7 +127,7 @@ def train(cfg: DACConfig, run_dir: Path) -> None:
         transforms=[cfg.make_normalization(), InitTracker, actor.make_tensordict_primer],
         normalization=normalization,
     )
-    buffer = build_buffer(frames, cfg.loss.num_minibatches, cfg.device)
+    buffer = build_buffer(frames, cfg.device)
     optimizer = build_optimizer(loss, actor, **cfg.optim.adam())
     schedule = build_schedule(optimizer, -(-cfg.total_frames // frames), falling=cfg.optim.anneal_lr)
     stepper = FusedOptimizationStepper(**cfg.stepping())
@@ -147,7 +147,7 @@ def train(cfg: DACConfig, run_dir: Path) -> None:
         checkpoints=cfg.checkpoint_options(),
         seed=cfg.seed,
         clip_norm=cfg.optim.max_grad_norm,
-        optim_steps_per_batch=cfg.loss.num_minibatches,
+        num_minibatches=cfg.loss.num_minibatches,
         num_epochs=cfg.loss.ppo_epochs,
     )
 

@@ -17,7 +17,7 @@ from torchrl.trainers.trainers import LRSchedulerHook
 
 from parts.training import build_trainer
 from torchrl_pmoe.envs import NormalizeObservationAndReward
-from torchrl_pmoe.trainers import FlatReplay, policy_diagnostics
+from torchrl_pmoe.trainers import MinibatchReplay, policy_diagnostics
 
 NORMALIZATION = "normalization"
 """The name of the running statistics among the trainer's modules."""
@@ -40,12 +40,12 @@ class MinibatchSampler(SamplerWithoutReplacement):
         super().load_state_dict({**state_dict, "_sample_list": None if order is None else order.to(self.device)})
 
 
-def build_buffer(frames: int, num_minibatches: int, device: torch.device | str) -> TensorDictReplayBuffer:
-    """Holds the last batch of frames and hands it out in minibatches, each frame once an epoch."""
+def build_buffer(frames: int, device: torch.device | str) -> TensorDictReplayBuffer:
+    """Holds the last batch of frames and hands it out in a new order each time."""
     return TensorDictReplayBuffer(
         storage=LazyTensorStorage(frames, device=device),
         sampler=MinibatchSampler(device),
-        batch_size=frames // num_minibatches,
+        batch_size=frames,
     )
 
 
@@ -87,6 +87,7 @@ def build_on_policy_trainer(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
     device: torch.device | str,
+    num_minibatches: int,
     **kwargs: Any,
 ) -> Trainer:
     """The trainer with the hooks of on-policy learning.
@@ -103,17 +104,18 @@ def build_on_policy_trainer(
         optimizer: of the loss.
         schedule: of its learning rates.
         device: of the updates.
+        num_minibatches: updates of an epoch.
         **kwargs: of :func:`parts.training.build_trainer`.
     """
-    trainer = build_trainer(run_dir, collector=collector, optimizer=optimizer, **kwargs)
+    trainer = build_trainer(
+        run_dir, collector=collector, optimizer=optimizer, optim_steps_per_batch=num_minibatches, **kwargs
+    )
 
     def estimate(batch: TensorDictBase) -> TensorDictBase:
         return advantages(batch.to(device)).select(*trained_on).reshape(-1)  # [*N, T] -> [N * T]
 
     trainer.register_op("batch_process", estimate)
-    replay = FlatReplay(buffer)
-    trainer.register_op("batch_process", replay.extend)
-    trainer.register_op("process_optim_batch", replay.sample)
+    MinibatchReplay(buffer, num_minibatches).register(trainer)
     LRSchedulerHook(schedule).register(trainer)
     trainer.register_module(NORMALIZATION, normalization)
     # the order of the first epoch is drawn when the last one ends

@@ -85,14 +85,14 @@ def test_replay_rows_and_their_order_come_to_the_storage(tmp_path):
 
 
 def test_the_order_of_minibatches_comes_to_the_frames():
-    before = build_buffer(128, 4, "cpu")
+    before = build_buffer(128, "cpu")
     before.extend(frames("cpu", 128))
     before.sample()
-    after = build_buffer(128, 4, "meta")
+    after = build_buffer(128, "meta")
     after.sampler.load_state_dict(before.sampler.state_dict())
     assert after.sampler.state_dict()["_sample_list"].device.type == "meta"
-    fresh = build_buffer(128, 4, "meta")
-    fresh.sampler.load_state_dict(build_buffer(128, 4, "cpu").sampler.state_dict())
+    fresh = build_buffer(128, "meta")
+    fresh.sampler.load_state_dict(build_buffer(128, "cpu").sampler.state_dict())
     assert fresh.sampler.state_dict()["_sample_list"] is None
 
 

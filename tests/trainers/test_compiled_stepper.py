@@ -188,6 +188,73 @@ def test_traced_updates_are_the_eager_ones(name, backend):
     assert warned == []
 
 
+class Weighted(Regression):
+    """A loss with an option, in a module of its own as distributions and networks have theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.options = nn.Identity()
+        self.options.weight = 1.0
+
+    def forward(self, batch):
+        losses = super().forward(batch)
+        return losses.set("loss_qvalue", losses["loss_qvalue"] * self.options.weight)
+
+
+def reweigh(trainer, batch, calls):
+    calls.append(batch)
+    trainer.loss_module.options.weight = float(len(calls))
+
+
+def shorten(trainer, batch, calls):
+    calls.append(batch)
+    return batch[: B - len(calls)]
+
+
+def unfreeze(trainer, batch, calls):
+    calls.append(batch)
+    trainer.loss_module.net.bias.requires_grad_(len(calls) % 2 == 0)
+
+
+def bound(trainer, batch, calls):
+    calls.append(batch)
+    trainer.clip_norm = 0.1 * len(calls)
+
+
+@pytest.mark.parametrize("change", [reweigh, shorten, unfreeze, bound])
+def test_what_changes_in_a_training_is_seen_by_compiled_updates(change, monkeypatch):
+    monkeypatch.setitem(LOSSES, "weighted", Weighted)
+
+    def changing(trainer):
+        calls = []
+        trainer.register_op("process_optim_batch", lambda batch: change(trainer, batch, calls))
+
+    eager, means, _, _ = run("weighted", steps=5, before=changing)
+    fixed, _, _, _ = run("weighted", steps=5)
+    compiled, compiled_means, told, _ = run("weighted", steps=5, before=changing, compile=EAGER)
+    assert_same(compiled, eager)
+    assert compiled_means == pytest.approx(means, rel=1e-9)
+    assert any((eager[key] != fixed[key]).any() for key in fixed)
+    assert not any("eagerly" in line for line in told)
+
+
+class Shared(nn.Module):
+    """Two parameters that get one gradient, the same tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, batch):
+        return TensorDict(loss=((self.first + self.second) * batch["observation"][0, :3]).sum())
+
+
+@pytest.mark.parametrize("backend", [EAGER, TRACED])
+def test_a_gradient_that_two_parameters_share_is_clipped_once(backend, monkeypatch):
+    monkeypatch.setitem(LOSSES, "shared", Shared)
+    assert_same(run("shared", compile=backend)[0], run("shared")[0])
+
+
 STAGES = ("pre_optim_steps", "process_optim_batch", "post_loss", "post_optim", "post_optim_log", "post_steps")
 
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
-from torchrl_pmoe.trainers import EpisodeReturns, ExpertCollapse, PeriodicEvaluation, ProgressBar
+from torchrl_pmoe.trainers import EpisodeReturns, ExpertCollapse, MinibatchReplay, PeriodicEvaluation, ProgressBar
 
 
 def make_trainer(**kwargs):
@@ -149,3 +150,25 @@ def test_returns_of_training_episodes_are_those_of_a_loop(shape, steps):
         if returns:
             assert hook.mean() == pytest.approx(sum(returns[-5:]) / len(returns[-5:]))
     assert len(returns) > 5
+
+
+def test_every_frame_is_handed_out_once_an_epoch_in_a_new_order():
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(12), sampler=SamplerWithoutReplacement(), batch_size=12)
+    trainer, hook = make_trainer(), MinibatchReplay(buffer, 3)
+    hook.register(trainer)
+    (extend,), (shuffle,), (sample,) = (
+        trainer.registered[place] for place in ("batch_process", "pre_epoch", "process_optim_batch")
+    )
+    for first in (0, 100):
+        # [N, T] = [2, 6]
+        frames = TensorDict(observation=torch.arange(first, first + 12.0).reshape(2, 6, 1), batch_size=[2, 6])
+        assert extend(frames).shape == (12,)
+        orders = []
+        for _ in range(2):
+            assert shuffle(frames) is frames
+            minibatches = [sample(frames) for _ in range(3)]
+            assert [len(minibatch) for minibatch in minibatches] == [4, 4, 4]
+            orders.append(torch.cat([minibatch["observation"] for minibatch in minibatches]).flatten())
+        for order in orders:
+            assert sorted(order.tolist()) == list(range(first, first + 12))
+        assert (orders[0] != orders[1]).any()

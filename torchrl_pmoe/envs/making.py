@@ -21,6 +21,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
+from torchrl.data import Composite
 from torchrl.envs import DoubleToFloat, DTypeCastTransform, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.envs.action_units import normalize_actions
@@ -160,6 +161,12 @@ def _make_single(
 
 def _as_torchrl(wrapped: GymWrapper, *, clip_actions: bool) -> EnvBase:
     """A wrapped environment, or a batch of them, in float32 and with actions in ``[-1, 1]``."""
+    if wrapped.action_spec.dtype is torch.float32:
+        # the wrapper turns what it reads into tensors of its specs; a transform takes as long as the wrapper itself
+        wrapped.observation_spec = Composite(
+            {key: spec.to(torch.float32) for key, spec in wrapped.observation_spec.items()}, shape=wrapped.batch_size
+        )
+        return normalize_actions(wrapped, clip=clip_actions)
     made = TransformedEnv(wrapped, DoubleToFloat())
     if torch.float16 in (made.observation_spec["observation"].dtype, made.action_spec.dtype):
         made.append_transform(DTypeCastTransform(torch.float16, torch.float32))

@@ -6,19 +6,20 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.data import TensorDictReplayBuffer
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import ReplayBufferTrainer, TrainerHookBase
 from tqdm import tqdm
 
 from torchrl_pmoe.envs.returns import keep_latest
 
-__all__ = ["EpisodeReturns", "ExpertCollapse", "FlatReplay", "PeriodicEvaluation", "ProgressBar"]
+__all__ = ["EpisodeReturns", "ExpertCollapse", "FlatReplay", "MinibatchReplay", "PeriodicEvaluation", "ProgressBar"]
 
 
 class FlatReplay(ReplayBufferTrainer):
@@ -32,6 +33,40 @@ class FlatReplay(ReplayBufferTrainer):
         batch = batch.reshape(-1)
         self.replay_buffer.extend(batch)
         return batch
+
+
+class MinibatchReplay(FlatReplay):
+    """Hands out the frames of the last batch in minibatches, each frame once an epoch.
+
+    The frames are put into the order of an epoch at once, and the minibatches are views of them: to draw each for
+    itself takes as long as half of its update.
+
+    Args:
+        replay_buffer: holds the frames of one batch; its sampler draws their order, without replacement.
+        num_minibatches: of an epoch; it divides the number of frames.
+    """
+
+    def __init__(self, replay_buffer: TensorDictReplayBuffer, num_minibatches: int) -> None:
+        super().__init__(replay_buffer)
+        self.num_minibatches = num_minibatches
+        self._minibatches: Iterator[TensorDictBase] = iter(())
+
+    def shuffle(self, batch: TensorDictBase) -> TensorDictBase:
+        """Draw the order of an epoch."""
+        frames = len(self.replay_buffer)
+        self._minibatches = iter(self.replay_buffer.sample(frames).split(frames // self.num_minibatches))
+        return batch
+
+    def sample(self, batch: TensorDictBase) -> TensorDictBase:
+        """The next minibatch ``[frames // num_minibatches]``."""
+        return next(self._minibatches)
+
+    def register(self, trainer: Trainer, name: str = "replay_buffer") -> None:
+        """Register where batches are stored, epochs begin, and minibatches are asked for."""
+        del name  # a batch that was learned from is not kept
+        trainer.register_op("batch_process", self.extend)
+        trainer.register_op("pre_epoch", self.shuffle)
+        trainer.register_op("process_optim_batch", self.sample)
 
 
 class _StatelessHook(TrainerHookBase):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,16 +19,58 @@ from torchrl_pmoe.trainers.nonfinite import BAD_IN_A_ROW, NonFiniteError, OnNonF
 
 __all__ = ["FusedOptimizationStepper"]
 
-_BAD = "_bad"
+_VALUES, _BAD, _WRITTEN = "_values", "_bad", "_written"
+
+
+def _compiler() -> dict[str, Any]:
+    """Arguments of :func:`torch.compile`."""
+    # PyTorch's own generator keeps the draws of the eager update
+    return {"dynamic": False, "options": {"fallback_random": True, "guard_filter_fn": _values_only}}
+
+
+def _values_only(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of the compiler are looked at in every update: those on values, not those on code.
+
+    A loss of TorchRL has some 3,000 guards; nine of ten ask whether a function, a class or the inside of a
+    ``TensorDict`` is still what it was, and all of them together take as long as the update. What may change in a
+    training is still seen: shapes, dtypes and devices, the keys of the batch, attributes of the loss and its modules,
+    and the modes of PyTorch, tensordict and TorchRL.
+    """
+    return [_on_a_value(guard) for guard in guards]
+
+
+# kinds of guards on functions, classes, and what they are made of
+_OF_CODE = {
+    "NOT_PRESENT_IN_GENERIC_DICT",
+    "HASATTR",
+    "TYPE_MATCH",
+    "CLASS_MATCH",
+    "CLOSURE_MATCH",
+    "FUNCTION_MATCH",
+    "BUILTIN_MATCH",
+    "MODULE_MATCH",
+    "DICT_KEYS_MATCH",
+    "DICT_CONTAINS",
+    "DICT_NOT_CONTAINS",
+    "SEQUENCE_LENGTH",
+    "EMPTY_NN_MODULE_HOOKS_DICT",
+}
+# defaults of functions, attributes of classes, and what a TensorDict keeps beside its tensors
+_INSIDE = ("defaults__", "__closure__", ".__dict__)", "_param_td", "_tensordict[")
+
+
+def _on_a_value(guard: Any) -> bool:
+    if guard.guard_type == "TENSOR_MATCH" or guard.name.startswith(("batch", "parameters", "options")):
+        return True
+    return guard.guard_type not in _OF_CODE and not any(part in guard.name for part in _INSIDE)
 
 
 class _StopCompilingError(BaseException):
     """Raised out of the compiler, which catches every ``Exception``."""
 
 
-# in-graph gradients make one graph of loss and backward; PyTorch's own generator keeps the draws of the eager update
+# in-graph gradients make one graph of loss and backward
 _DYNAMO = {"trace_autograd_ops": True} if hasattr(torch._dynamo.config, "trace_autograd_ops") else {}
-_COMPILER: dict[str, Any] = {"dynamic": False, "options": {"fallback_random": True}}
 
 
 class FusedOptimizationStepper(OptimizationStepper):
@@ -87,16 +130,19 @@ class FusedOptimizationStepper(OptimizationStepper):
             )
         self.target_updater = target_updater
         self.compile = bool(compile) or isinstance(compile, Mapping)
-        self._compiler = {**_COMPILER, **(compile if isinstance(compile, Mapping) else {})}
+        self._compiler = {**_compiler(), **(compile if isinstance(compile, Mapping) else {})}
         if self._compiler.get("backend", "inductor") != "inductor":
-            del self._compiler["options"]
+            self._compiler["options"] = {"guard_filter_fn": _values_only}
         self.cudagraphs = cudagraphs
         self._apart = [list(group) for group in clip_apart]
+        self._groups: tuple[tuple[int, ...], ...] = ()
+        self._grouped: list[int] = []
+        self._written: tuple[str, ...] = ()
         self._shape = torch.Size(shape)
         self._gradients: Callable[..., tuple] | None = None
         self._compiling = self._told_to_stop = False
         self._graphed: CudaGraphModule | None = None
-        self._keys: list[str] = []
+        self._keys: Sequence[str] = ()
         self._sums: Tensor | None = None
         self._count: int | Tensor = 0
         self.updates = 0
@@ -104,7 +150,7 @@ class FusedOptimizationStepper(OptimizationStepper):
         # of updates judged on a GPU: which outputs were bad in the first bad one, its number, how many there were
         self._stopped: Tensor | None = None
         self._first: tuple[Tensor, Tensor] | None = None
-        self._judged: list[str] = []
+        self._judged: Sequence[str] = ()
         self._skipped: int | Tensor = 0
         self._in_a_row: int | Tensor = 0
         self._longest: int | Tensor = 0
@@ -119,18 +165,20 @@ class FusedOptimizationStepper(OptimizationStepper):
             NonFiniteError: on a CPU, as :meth:`check`.
         """
         self.updates += 1
+        parameters = [p for group in trainer.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        options = self._options(trainer, parameters)
         if not (self.compile or self.cudagraphs) or self._hooked(trainer):
             losses = trainer._process_loss_hook(sub_batch, trainer.compute_loss(sub_batch))
             sum(value.sum() for key, value in losses.items() if key.startswith("loss")).backward()
             outputs = {key: value.detach() for key, value in losses.items()}
-            bad = self._descend(trainer, outputs)
-            self._conclude(trainer, outputs, bad)
-            self._post_loss(trainer, sub_batch, bad)
-            return TensorDict()
-        found = self._fused(trainer, sub_batch)
-        sub_batch.update(found.pop("batch"))
-        bad = found.pop(_BAD)
-        self._conclude(trainer, dict(found.items()), bad)
+            found = _finish([parameter.grad for parameter in parameters], outputs, options)
+            self._descend(trainer, parameters, found)
+            values, bad = found.values, found.bad
+        elif self.cudagraphs:
+            values, bad = self._replay(trainer, parameters, sub_batch, options)
+        else:
+            values, bad = self._update(trainer, parameters, sub_batch, options)
+        self._conclude(trainer, values, bad)
         self._post_loss(trainer, sub_batch, bad)
         return TensorDict()
 
@@ -155,22 +203,43 @@ class FusedOptimizationStepper(OptimizationStepper):
         warnings.warn(f"{asked}: updates run eagerly, {reason}.", stacklevel=2)
         self.compile = self.cudagraphs = False
 
-    def _fused(self, trainer: Trainer, batch: TensorDictBase) -> TensorDictBase:
-        if self.cudagraphs:
-            if self._graphed is None:
-                self._make_capturable(trainer)
-                # keys of the batch, not of a module: an empty list says that a tensordict comes
-                self._graphed = CudaGraphModule(lambda td: self._update(trainer, td), warmup=3, in_keys=[], out_keys=[])
-            return self._graphed(batch)
-        return self._update(trainer, batch)
+    def _options(self, trainer: Trainer, parameters: Sequence[nn.Parameter]) -> _Options:
+        if trainer.clip_norm is None:
+            return _Options(self._shape, None, False, ())
+        places = {id(parameter): index for index, parameter in enumerate(parameters)}
+        if self._grouped != list(places):
+            self._grouped = list(places)
+            apart = [tuple(places[id(p)] for p in group if id(p) in places) for group in self._apart]
+            rest = tuple(index for index in places.values() if not any(index in group for group in apart))
+            self._groups = tuple(group for group in (rest, *apart) if group)
+        return _Options(self._shape, trainer.clip_norm, trainer.clip_grad_norm, self._groups)
 
-    def _update(self, trainer: Trainer, batch: TensorDictBase) -> TensorDictBase:
-        parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-        gradients, outputs, written = self._compiled(trainer.loss_module, parameters, batch)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = _in_layout_of(parameter, gradient)
-        bad = self._descend(trainer, outputs)
-        return TensorDict(outputs).set("batch", TensorDict(written)).set(_BAD, bad)
+    def _replay(
+        self, trainer: Trainer, parameters: list[nn.Parameter], batch: TensorDictBase, options: _Options
+    ) -> tuple[Tensor, Tensor]:
+        """The update as one CUDA graph, the mean of its outputs and what is bad in it."""
+        if self._graphed is None:
+            self._make_capturable(trainer)
+
+            def update(td: TensorDictBase) -> TensorDictBase:
+                values, bad = self._update(trainer, parameters, td, options)
+                return TensorDict({_VALUES: values, _BAD: bad, _WRITTEN: td.select(*self._written)})
+
+            # keys of the batch, not of a module: an empty list says that a tensordict comes
+            self._graphed = CudaGraphModule(update, warmup=3, in_keys=[], out_keys=[])
+        found = self._graphed(batch)
+        batch.update(found[_WRITTEN])
+        return found[_VALUES], found[_BAD]
+
+    def _update(
+        self, trainer: Trainer, parameters: list[nn.Parameter], batch: TensorDictBase, options: _Options
+    ) -> tuple[Tensor, Tensor]:
+        found, written = self._compiled(trainer.loss_module, parameters, batch, options)
+        if written:
+            batch.update(written)
+        self._written = tuple(written)
+        self._descend(trainer, parameters, found)
+        return found.values, found.bad
 
     def _compiled(self, *args: Any) -> tuple:
         """Gradients of one update: eager at first, compiled from the second on."""
@@ -221,32 +290,30 @@ class FusedOptimizationStepper(OptimizationStepper):
             self._compiling = False
             raise _StopCompilingError
 
-    def _descend(self, trainer: Trainer, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Step, unless something is bad: what is, of the losses, the gradients and both, ``[losses + 2]``."""
-        optimizer = trainer.optimizer
-        bad = self._judge(optimizer, outputs)
+    def _descend(self, trainer: Trainer, parameters: Sequence[nn.Parameter], found: _Found) -> None:
+        """Step, unless something is bad."""
+        self._keys, self._judged = found.keys, found.judged
+        optimizer, bad = trainer.optimizer, found.bad
+        for parameter, gradient in zip(parameters, found.gradients, strict=True):
+            parameter.grad = _in_layout_of(parameter, gradient)
         if bad.device.type == "cpu" or not optimizer.defaults.get("fused"):
             # a capture cannot ask the host: `_make_capturable` has seen to it that the optimiser is fused
             if not bad[-1]:
-                self._step_within_norm(trainer)
+                self._step(optimizer)
             elif bad.device.type != "cpu" and self.on_nonfinite == "stop":
                 self._complain(bad.tolist(), self.updates, "")
         else:
             # as PyTorch's GradScaler does: a fused optimiser leaves the update out by itself
             optimizer.grad_scale, optimizer.found_inf = None, self._leave_out(bad[-1])
-            self._step_within_norm(trainer)
+            self._step(optimizer)
             del optimizer.grad_scale, optimizer.found_inf
-        optimizer.zero_grad()
-        return bad
+        for parameter in parameters:
+            parameter.grad = None
 
-    def _judge(self, optimizer: torch.optim.Optimizer, outputs: Mapping[str, Tensor]) -> Tensor:
-        self._judged = [key for key in outputs if key.startswith("loss")]
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        losses = torch.stack([outputs[key].sum() for key in self._judged])
-        # no other norm is as fast on a CPU, tenfold for the largest entry
-        norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else losses.new_zeros(())
-        bad = ~torch.cat([losses, norm.to(losses).reshape(1)]).isfinite()
-        return torch.cat([bad, bad.any().reshape(1)])
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        if self.target_updater is not None:
+            self.target_updater.step()
 
     def _leave_out(self, bad: Tensor) -> Tensor:
         if self.on_nonfinite == "stop":
@@ -254,20 +321,6 @@ class FusedOptimizationStepper(OptimizationStepper):
                 self._stopped = torch.zeros_like(bad)
             bad = self._stopped.logical_or_(bad)
         return bad.float()
-
-    def _step_within_norm(self, trainer: Trainer) -> None:
-        if trainer.clip_norm is not None:
-            clip = nn.utils.clip_grad_norm_ if trainer.clip_grad_norm else nn.utils.clip_grad_value_
-            for group in self._clip_groups(trainer):
-                clip(group, trainer.clip_norm)
-        trainer.optimizer.step()
-        if self.target_updater is not None:
-            self.target_updater.step()
-
-    def _clip_groups(self, trainer: Trainer) -> list[list[nn.Parameter]]:
-        apart = {id(parameter) for group in self._apart for parameter in group}
-        every = (parameter for group in trainer.optimizer.param_groups for parameter in group["params"])
-        return [[parameter for parameter in every if id(parameter) not in apart], *self._apart]
 
     @staticmethod
     def _make_capturable(trainer: Trainer) -> None:
@@ -284,15 +337,15 @@ class FusedOptimizationStepper(OptimizationStepper):
 
     # ------------------------------------------------------------------------------------------- bad updates
 
-    def _conclude(self, trainer: Trainer, outputs: Mapping[str, Tensor], bad: Tensor) -> None:
+    def _conclude(self, trainer: Trainer, values: Tensor, bad: Tensor) -> None:
         """Keep the means and remember what was bad; where that needs no copy from a GPU, say so at once."""
         if bad.device.type != "cpu":
             self._remember(bad)
-            self._accumulate(outputs, bad[-1])
+            self._accumulate(values.masked_fill(bad[-1], 0), ~bad[-1])
             return
         if not bad[-1]:
             self._in_a_row = 0
-            self._accumulate(outputs)
+            self._accumulate(values, 1)
             return
         self._skipped, self._in_a_row = int(self._skipped) + 1, int(self._in_a_row) + 1
         frames = getattr(trainer, "collected_frames", None)
@@ -340,16 +393,10 @@ class FusedOptimizationStepper(OptimizationStepper):
 
     # ------------------------------------------------------------------------------------------- the means
 
-    @torch.no_grad()
-    def _accumulate(self, outputs: Mapping[str, Tensor], bad: Tensor | None = None) -> None:
-        if self._sums is None:
-            self._keys = [key for key, value in outputs.items() if value.numel() == 1 or value.shape == self._shape]
-        values = torch.stack([outputs[key].reshape(-1).expand(self._shape.numel()) for key in self._keys])
-        if bad is not None:
-            values = values.masked_fill(bad, 0)
+    def _accumulate(self, values: Tensor, updates: int | Tensor) -> None:
         # sums of a checkpoint come to the device of the updates with the first of them
         self._sums = values if self._sums is None else self._sums.to(values.device) + values
-        self._count = self._count + (1 if bad is None else ~bad)
+        self._count = self._count + updates
 
     def means(self) -> dict[str, float]:
         """Mean of every output that is kept since :meth:`reset`, over its elements (empty before the first update)."""
@@ -402,17 +449,97 @@ def _in_layout_of(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | 
     return torch.empty_like(parameter).copy_(gradient)
 
 
+class _Options(NamedTuple):
+    """What an update does beside its loss.
+
+    Args:
+        shape: of the outputs whose means are kept, beside those of one element.
+        limit: of the gradient; ``None`` for no clipping.
+        by_norm: clip a group's gradients by their common norm, not entry by entry.
+        groups: which parameters are clipped together, by their places.
+    """
+
+    shape: tuple[int, ...]
+    limit: float | None
+    by_norm: bool
+    groups: tuple[tuple[int, ...], ...]
+
+
+class _Found(NamedTuple):
+    """What an update has found.
+
+    Args:
+        gradients: clipped, in the order of the parameters.
+        values: of the outputs whose means are kept, ``[outputs, elements]``.
+        bad: which losses are NaN or infinite, whether a gradient is, and whether any of these, ``[losses + 2]``.
+        keys: names of ``values``.
+        judged: names of the losses in ``bad``.
+    """
+
+    gradients: Sequence[Tensor | None]
+    values: Tensor
+    bad: Tensor
+    keys: tuple[str, ...]
+    judged: tuple[str, ...]
+
+
 def _gradients(
-    loss_module: Callable[[TensorDictBase], TensorDictBase], parameters: list[nn.Parameter], batch: TensorDictBase
-) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor], dict]:
-    """Gradients of the summed losses, every output of the loss, and what it wrote into the batch: all detached."""
+    loss_module: Callable[[TensorDictBase], TensorDictBase],
+    parameters: list[nn.Parameter],
+    batch: TensorDictBase,
+    options: _Options,
+) -> tuple[_Found, dict]:
+    """What an update finds and what its loss wrote into the batch: all detached."""
     scratch = batch.copy()
     losses = loss_module(scratch)
     total = sum(value.sum() for key, value in losses.items() if key.startswith("loss"))
-    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    gradients = [
+        _in_layout_of(parameter, gradient)
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True
+        )
+    ]
     written = {
         key: value.detach()
         for key, value in scratch.items()
         if isinstance(value, Tensor) and value is not batch.get(key, None)
     }
-    return gradients, {key: value.detach() for key, value in losses.items()}, written
+    return _finish(gradients, {key: value.detach() for key, value in losses.items()}, options), written
+
+
+@torch.no_grad()
+def _finish(gradients: Sequence[Tensor | None], outputs: Mapping[str, Tensor], options: _Options) -> _Found:
+    """Judge an update, clip its gradients, and gather the outputs whose means are kept."""
+    judged = tuple(key for key in outputs if key.startswith("loss"))
+    keys = tuple(key for key, value in outputs.items() if value.numel() == 1 or value.shape == options.shape)
+    values = torch.stack([outputs[key].reshape(-1).expand(math.prod(options.shape)) for key in keys])
+    losses = torch.stack([outputs[key].sum() for key in judged])
+    present = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
+    # no other norm is as fast on a CPU, tenfold for the largest entry
+    norms = dict(zip(present, torch._foreach_norm(list(present.values())), strict=True)) if present else {}
+    # the norms may be of several dtypes
+    total = torch.stack([norm.to(losses) for norm in norms.values()]).sum() if norms else losses.new_zeros(())
+    bad = ~torch.cat([losses, total.reshape(1)]).isfinite()
+    bad = torch.cat([bad, bad.any().reshape(1)])
+    clipped = _clipped(present, norms, options)
+    return _Found([clipped.get(index) for index in range(len(gradients))], values, bad, keys, judged)
+
+
+def _clipped(present: dict[int, Tensor], norms: Mapping[int, Tensor], options: _Options) -> dict[int, Tensor]:
+    """The gradients within their limit, in tensors of their own: two parameters may share one gradient."""
+    if options.limit is None:
+        return present
+    clipped = dict(present)
+    for group in options.groups:
+        places = [index for index in group if index in present]
+        if not places:
+            continue
+        found = [present[index] for index in places]
+        if options.by_norm:
+            # as torch.nn.utils.clip_grad_norm_ computes it
+            norm = torch.linalg.vector_norm(torch.stack([norms[index] for index in places]))
+            within = torch._foreach_mul(found, (options.limit / (norm + 1e-6)).clamp(max=1.0))
+        else:
+            within = torch._foreach_clamp_max(torch._foreach_clamp_min(found, -options.limit), options.limit)
+        clipped.update(zip(places, within, strict=True))
+    return clipped
