@@ -61,7 +61,7 @@ LossFunction = Literal["l2", "l1", "smooth_l1"]
 class Compile:
     """``torch.compile`` and CUDA graphs for the updates."""
 
-    enabled: Flag | None = field(None, "null: for a run of 50,000 updates or more; needs a C++ compiler")
+    enabled: Flag | None = field(None, "null: for a run of 20,000 updates or more; needs a C++ compiler")
     cudagraphs: Flag = field(False, "replay an update as one CUDA graph (device=cuda)")
 
 

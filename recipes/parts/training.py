@@ -41,8 +41,8 @@ from torchrl_pmoe.trainers import (
     FusedOptimizationStepper,
 )
 
-# a run with so many updates wins back the time of compilation many times
-WORTH_COMPILING = 50_000
+# compiling takes as long as it saves in some 5,000 updates
+WORTH_COMPILING = 20_000
 NO_COMPILER = "there is no C++ compiler: g++, clang++ on macOS, or what CXX names"
 
 

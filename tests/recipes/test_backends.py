@@ -80,13 +80,13 @@ def no_compiler():
 
 
 # 1 update a frame; 320 updates in 2,048 frames
-@pytest.mark.parametrize(("recipe", "frames"), [(sac_pmoe, 50_000), (ppo_pmoe, 320_000), (dac, 320_000)])
-def test_updates_are_compiled_where_there_are_fifty_thousand(recipe, frames, monkeypatch, capsys):
+@pytest.mark.parametrize(("recipe", "frames"), [(sac_pmoe, 20_000), (ppo_pmoe, 128_000), (dac, 128_000)])
+def test_updates_are_compiled_where_there_are_twenty_thousand(recipe, frames, monkeypatch, capsys):
     monkeypatch.setattr(training, "has_compiler", lambda: True)
     for total_frames, compiled in ((frames, True), (frames - 1, False)):
         cfg = recipe_runs.resolve(recipe, f"total_frames={total_frames}")
         assert cfg.compile.enabled is compiled
-        training.announce("about", total_frames * 50_000 / frames, compiled=cfg.compile.enabled)
+        training.announce("about", total_frames * 20_000 / frames, compiled=cfg.compile.enabled)
         assert f"about, compile.enabled={str(compiled).lower()}\n" in capsys.readouterr().out
 
 
