@@ -22,7 +22,6 @@ from torchrl.trainers import Trainer
 from parts import process
 from parts.endings import run_to_the_end
 from parts.errors import UsageError
-from parts.figures import draw_learning_curve
 from parts.resume import command_to_resume, does_not_fit, from_here, interpreter
 from parts.training import CheckpointOptions, announce
 from torchrl_pmoe.envs import NormalizeObservationAndReward
@@ -320,6 +319,9 @@ def mean_columns(stepper: FusedOptimizationStepper, columns: Sequence[str]) -> d
 
 
 def _draw(agents: Sequence[Agent], metrics: Sequence[MetricsFile]) -> None:
+    # matplotlib takes a second to import, which the first frame need not wait for
+    from parts.figures import draw_learning_curve
+
     for agent, one in zip(agents, metrics, strict=True):
         if one.last:
             draw_learning_curve(read_metrics(one.path), agent.title, agent.directory / "learning_curve.png")
