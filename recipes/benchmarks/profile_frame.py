@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -40,7 +39,7 @@ from torchrl.envs.libs.gym import GymWrapper
 from torchrl.objectives.value import GAE
 from torchrl.trainers import Trainer
 
-from torchrl_pmoe.trainers import FiniteBatch, FiniteLoss, PeriodicEvaluation, ProgressBar
+from torchrl_pmoe.trainers import FiniteBatch, FiniteLoss, PeriodicEvaluation, ProgressBar, steppers
 
 SCORINGS = {
     sac_pmoe: {"gradient-scored, K=4": "gradient", "critic-scored, K=4": "critic"},
@@ -61,7 +60,7 @@ PARTS = (
     "loss, critics and target",
     "loss, rest",
     "backward",
-    "gradient clipping",
+    "clipping, finite losses",
     "optimiser",
     "target update",
     "stepper, rest",
@@ -157,9 +156,7 @@ def instrument(clock: Clock, trainer: Trainer) -> None:
         (GAE, "forward", "advantages"),
         (TensorDictReplayBuffer, "extend", "buffer, extend"),
         (TensorDictReplayBuffer, "sample", "buffer, sample"),
-        (nn.utils, "clip_grad_norm_", "gradient clipping"),
         (trainer.optimizer, "step", "optimiser"),
-        (trainer.optimizer, "zero_grad", "optimiser"),
         (trainer.target_net_updater, "step", "target update"),
         (stepper, "step", "stepper, rest"),
         (stepper, "_accumulate", "finite checks and running means"),
@@ -181,6 +178,7 @@ def instrument(clock: Clock, trainer: Trainer) -> None:
             (loss, "qvalue_v2_loss", "loss, critics and target"),
             (loss, "loss_critic", "loss, critics and target"),
             (torch.Tensor, "backward", "backward"),
+            (steppers, "_finish", "clipping, finite losses"),
         ]
     for owner, attribute, part in parts:
         if hasattr(owner, attribute):

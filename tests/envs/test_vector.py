@@ -34,7 +34,7 @@ def short_pendulum() -> gym.Env:
 @pytest.mark.parametrize("make", [short_hopper, short_pendulum])
 def test_a_batch_takes_the_steps_of_single_environments(make):
     env = make_env(make, num_envs=NUM_ENVS, seed=5)
-    assert not isinstance(getattr(env, "base_env", env), SerialEnv)
+    assert not isinstance(env.base_env, SerialEnv)
     collector = Collector(env, env.rand_action, frames_per_batch=NUM_ENVS * STEPS, total_frames=-1, trust_policy=True)
     batch = next(iter(collector))  # [N, T]
     assert batch["next", "truncated"].any()

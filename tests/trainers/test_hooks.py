@@ -172,3 +172,11 @@ def test_every_frame_is_handed_out_once_an_epoch_in_a_new_order():
         for order in orders:
             assert sorted(order.tolist()) == list(range(first, first + 12))
         assert (orders[0] != orders[1]).any()
+
+
+def test_minibatches_that_do_not_come_out_even_are_refused():
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(12), sampler=SamplerWithoutReplacement(), batch_size=12)
+    hook = MinibatchReplay(buffer, 5)
+    frames = hook.extend(TensorDict(observation=torch.zeros(12, 1), batch_size=[12]))
+    with pytest.raises(ValueError, match="the 12 frames of a batch must be a multiple of num_minibatches=5"):
+        hook.shuffle(frames)

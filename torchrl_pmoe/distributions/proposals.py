@@ -20,9 +20,10 @@ LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 def take_expert(x: Tensor, index: Tensor) -> Tensor:
     """The rows ``x[..., index, :]``, ``[*B, A]``, of ``x`` ``[*B, K, A]`` at ``index`` ``[*B]``."""
-    shape = torch.broadcast_shapes(x.shape[:-2], index.shape)
-    index = index.expand(shape)[..., None, None].expand(*shape, 1, x.shape[-1])
-    return x.expand(*shape, *x.shape[-2:]).gather(-2, index).squeeze(-2)
+    if index.shape != x.shape[:-2]:
+        shape = torch.broadcast_shapes(x.shape[:-2], index.shape)
+        index, x = index.expand(shape), x.expand(*shape, *x.shape[-2:])
+    return x.gather(-2, index[..., None, None].expand(*index.shape, 1, x.shape[-1])).squeeze(-2)
 
 
 class ExpertProposals:

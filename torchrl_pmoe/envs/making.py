@@ -166,7 +166,8 @@ def _as_torchrl(wrapped: GymWrapper, *, clip_actions: bool) -> EnvBase:
         wrapped.observation_spec = Composite(
             {key: spec.to(torch.float32) for key, spec in wrapped.observation_spec.items()}, shape=wrapped.batch_size
         )
-        return normalize_actions(wrapped, clip=clip_actions)
+        # a transformed environment on every backend, to which a transform is appended in place
+        return normalize_actions(TransformedEnv(wrapped), clip=clip_actions)
     made = TransformedEnv(wrapped, DoubleToFloat())
     if torch.float16 in (made.observation_spec["observation"].dtype, made.action_spec.dtype):
         made.append_transform(DTypeCastTransform(torch.float16, torch.float32))

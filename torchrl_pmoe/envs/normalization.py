@@ -27,7 +27,7 @@ RECENT_EPISODES = 100
 def _doubles(*tensors: Tensor) -> list[Any]:
     """Tensors in float64 for formulas of a few numbers: on the host as NumPy's arrays, which take a fifth of the time.
 
-    What is written into one of a float64 tensor is in the tensor. Gradients stay out.
+    Gradients stay out.
     """
     if tensors[0].device.type != "cpu":
         return [tensor.detach().double() for tensor in tensors]
@@ -35,10 +35,18 @@ def _doubles(*tensors: Tensor) -> list[Any]:
     return [tensor.numpy().astype(np.float64, copy=False) for tensor in plain]
 
 
+def _put(tensor: Tensor, value: Any) -> None:
+    """Write the result of such a formula into a tensor."""
+    if tensor.device.type == "cpu":
+        tensor.numpy()[...] = value
+    else:
+        tensor.copy_(value)
+
+
 class RunningMoments(nn.Module):
     """Mean and variance of all rows that were ever seen, as Gymnasium's ``RunningMeanStd`` computes them.
 
-    On the device of the rows, in float64 and without a look at their values.
+    On the device of the rows, in float64. They change in place: clone what is to be kept.
 
     Args:
         shape: of one row.
@@ -72,9 +80,9 @@ class RunningMoments(nn.Module):
         delta, total = new_mean - mean, count + number
         share = number / total
         # the buffers stay where they are: to put new ones in costs more than all of the above
-        var[...] = var * (1 - share) + new_var * share + delta**2 * (share * (1 - share))
-        mean[...] = mean + delta * share
-        count[...] = total
+        _put(self.var, var * (1 - share) + new_var * share + delta**2 * (share * (1 - share)))
+        _put(self.mean, mean + delta * share)
+        _put(self.count, total)
 
 
 class NormalizeObservationAndReward(Transform):
@@ -156,15 +164,16 @@ class NormalizeObservationAndReward(Transform):
             self._undiscounted, self._discounted, reward, done, next_tensordict.get("terminated")
         )
         earned, ended, terminated = (x.reshape(discounted.shape) for x in (earned, ended, terminated))  # [*N]
-        undiscounted[...] = undiscounted + earned
+        undiscounted = undiscounted + earned
+        _put(self._undiscounted, undiscounted)
         # on the host a look costs less than to write what nobody will read
         if done.device.type != "cpu" or ended.any():
             self._recent, self._ended = keep_latest(
                 self._recent, self._ended, self._undiscounted.reshape(-1), done.reshape(-1)
             )
-        undiscounted[...] = undiscounted * (1 - ended)
+        _put(self._undiscounted, undiscounted * (1 - ended))
         # as in Gymnasium, a truncated episode's return runs on into the next one
-        discounted[...] = discounted * self.gamma * (1 - terminated) + earned
+        _put(self._discounted, discounted * self.gamma * (1 - terminated) + earned)
         if self.normalizes_reward:
             self.returns.update(self._discounted.reshape(-1))
             (var,) = _doubles(self.returns.var)

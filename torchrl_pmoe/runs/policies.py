@@ -184,7 +184,7 @@ class PolicyParts:
         }
         if (norm := self.normalization) is not None and norm.normalizes_observation:
             state["normalization"] = {
-                "mean": norm.observations.mean, "var": norm.observations.var, "clip": norm.clip,
+                "mean": norm.observations.mean.clone(), "var": norm.observations.var.clone(), "clip": norm.clip,
             }  # fmt: skip
         if self.critic is not None:
             assert self.critic_params is not None

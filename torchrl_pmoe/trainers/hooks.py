@@ -52,8 +52,17 @@ class MinibatchReplay(FlatReplay):
         self._minibatches: Iterator[TensorDictBase] = iter(())
 
     def shuffle(self, batch: TensorDictBase) -> TensorDictBase:
-        """Draw the order of an epoch."""
+        """Draw the order of an epoch.
+
+        Raises:
+            ValueError: where the frames cannot be shared out evenly.
+        """
         frames = len(self.replay_buffer)
+        if frames % self.num_minibatches:
+            raise ValueError(
+                f"MinibatchReplay: the {frames} frames of a batch must be a multiple of "
+                f"num_minibatches={self.num_minibatches}."
+            )
         self._minibatches = iter(self.replay_buffer.sample(frames).split(frames // self.num_minibatches))
         return batch
 

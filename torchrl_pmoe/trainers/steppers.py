@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,23 @@ __all__ = ["FusedOptimizationStepper"]
 _VALUES, _BAD, _WRITTEN = "_values", "_bad", "_written"
 
 
-def _compiler() -> dict[str, Any]:
-    """Arguments of :func:`torch.compile`."""
-    # PyTorch's own generator keeps the draws of the eager update
-    return {"dynamic": False, "options": {"fallback_random": True, "guard_filter_fn": _values_only}}
+# without the guards that are left out, a loss would be taken for another one that was compiled before in this process
+_ISOLATED = "isolate_recompiles" in signature(torch.compile).parameters
+
+
+def _compiler(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of :func:`torch.compile`: those that are given, and ours beside them."""
+    ours: dict[str, Any] = {"dynamic": False}
+    options: dict[str, Any] = {}
+    if given.get("backend", "inductor") == "inductor":
+        # PyTorch's own generator keeps the draws of the eager update
+        options["fallback_random"] = True
+    if _ISOLATED:
+        ours["isolate_recompiles"] = True
+        options["guard_filter_fn"] = _values_only
+    options.update(given.get("options") or {})
+    # a mode excludes options
+    return {**ours, **given, **({"options": options} if options and "mode" not in given else {})}
 
 
 def _values_only(guards: Sequence[Any]) -> list[bool]:
@@ -34,7 +48,7 @@ def _values_only(guards: Sequence[Any]) -> list[bool]:
     A loss of TorchRL has some 3,000 guards; nine of ten ask whether a function, a class or the inside of a
     ``TensorDict`` is still what it was, and all of them together take as long as the update. What may change in a
     training is still seen: shapes, dtypes and devices, the keys of the batch, attributes of the loss and its modules,
-    and the modes of PyTorch, tensordict and TorchRL.
+    and the modes of PyTorch, tensordict and TorchRL. The graphs of every stepper are its own.
     """
     return [_on_a_value(guard) for guard in guards]
 
@@ -55,6 +69,8 @@ _OF_CODE = {
     "SEQUENCE_LENGTH",
     "EMPTY_NN_MODULE_HOOKS_DICT",
 }
+# that an attribute is that of the class, and how long a list is
+_OF_ATTRIBUTES = {"NOT_PRESENT_IN_GENERIC_DICT", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH"}
 # defaults of functions, attributes of classes, and what a TensorDict keeps beside its tensors
 _INSIDE = ("defaults__", "__closure__", ".__dict__)", "_param_td", "_tensordict[")
 
@@ -62,7 +78,10 @@ _INSIDE = ("defaults__", "__closure__", ".__dict__)", "_param_td", "_tensordict[
 def _on_a_value(guard: Any) -> bool:
     if guard.guard_type == "TENSOR_MATCH" or guard.name.startswith(("batch", "parameters", "options")):
         return True
-    return guard.guard_type not in _OF_CODE and not any(part in guard.name for part in _INSIDE)
+    if any(part in guard.name for part in _INSIDE):
+        return False
+    of_the_loss = guard.name.startswith("loss_module") and guard.guard_type in _OF_ATTRIBUTES
+    return of_the_loss or guard.guard_type not in _OF_CODE
 
 
 class _StopCompilingError(BaseException):
@@ -81,9 +100,11 @@ class FusedOptimizationStepper(OptimizationStepper):
     device, to be read when they are wanted. It calls the ``post_loss`` and ``process_loss`` hooks, which the
     ``Trainer`` skips when it is given a stepper.
 
-    Compiled (from the second update on), loss and backward are one graph of :func:`torch.compile`: the same update to
-    the last digits of a float, with the same random draws unless the loss itself draws otherwise there
-    (``ClipPPOLoss`` draws twice for its entropy). What the loss writes into the batch (``td_error``) is there for the
+    Compiled (from the second update on), loss, backward, clipping and the check for NaN are one graph of
+    :func:`torch.compile`: the same update to the last digits of a float, with the same random draws unless the loss
+    itself draws otherwise there (``ClipPPOLoss`` draws twice for its entropy). A change of shapes, of the keys of the
+    batch, or of an attribute of the loss or of its modules compiles again; another function, hook or class put in the
+    place of one is not looked for. What the loss writes into the batch (``td_error``) is there for the
     ``post_loss`` hooks, which are called after the update. Where the compiler fails, and while ``process_loss``
     hooks are registered (they stand between loss and backward), updates run eagerly, after one warning.
 
@@ -98,7 +119,8 @@ class FusedOptimizationStepper(OptimizationStepper):
         target_updater: stepped after the optimiser.
         clip_apart: groups of parameters whose gradients are clipped to the trainer's ``clip_norm`` by their own norm;
             the parameters in none of them are clipped together.
-        compile: run loss and backward under :func:`torch.compile`; a mapping holds keyword arguments of it.
+        compile: run all but the optimiser and the target update under :func:`torch.compile`; a mapping holds keyword
+            arguments of it.
         cudagraphs: replay the whole update as one CUDA graph. The batch must keep its shape; the optimiser is made
             ``capturable`` and its learning rates become tensors, which schedulers change in place.
         shape: of the outputs whose means are kept, beside those of one element.
@@ -130,9 +152,7 @@ class FusedOptimizationStepper(OptimizationStepper):
             )
         self.target_updater = target_updater
         self.compile = bool(compile) or isinstance(compile, Mapping)
-        self._compiler = {**_compiler(), **(compile if isinstance(compile, Mapping) else {})}
-        if self._compiler.get("backend", "inductor") != "inductor":
-            self._compiler["options"] = {"guard_filter_fn": _values_only}
+        self._compiler = _compiler(compile if isinstance(compile, Mapping) else {})
         self.cudagraphs = cudagraphs
         self._apart = [list(group) for group in clip_apart]
         self._groups: tuple[tuple[int, ...], ...] = ()
@@ -142,7 +162,8 @@ class FusedOptimizationStepper(OptimizationStepper):
         self._gradients: Callable[..., tuple] | None = None
         self._compiling = self._told_to_stop = False
         self._graphed: CudaGraphModule | None = None
-        self._keys: Sequence[str] = ()
+        self._keys: Sequence[str] = ()  # of the sums
+        self._found: Sequence[str] = ()  # of the last update
         self._sums: Tensor | None = None
         self._count: int | Tensor = 0
         self.updates = 0
@@ -222,8 +243,10 @@ class FusedOptimizationStepper(OptimizationStepper):
             self._make_capturable(trainer)
 
             def update(td: TensorDictBase) -> TensorDictBase:
-                values, bad = self._update(trainer, parameters, td, options)
-                return TensorDict({_VALUES: values, _BAD: bad, _WRITTEN: td.select(*self._written)})
+                # what the capture reads must stay what it was
+                scratch = td.copy()
+                values, bad = self._update(trainer, parameters, scratch, options)
+                return TensorDict({_VALUES: values, _BAD: bad, _WRITTEN: scratch.select(*self._written)})
 
             # keys of the batch, not of a module: an empty list says that a tensordict comes
             self._graphed = CudaGraphModule(update, warmup=3, in_keys=[], out_keys=[])
@@ -292,7 +315,7 @@ class FusedOptimizationStepper(OptimizationStepper):
 
     def _descend(self, trainer: Trainer, parameters: Sequence[nn.Parameter], found: _Found) -> None:
         """Step, unless something is bad."""
-        self._keys, self._judged = found.keys, found.judged
+        self._found, self._judged = found.keys, found.judged
         optimizer, bad = trainer.optimizer, found.bad
         for parameter, gradient in zip(parameters, found.gradients, strict=True):
             parameter.grad = _in_layout_of(parameter, gradient)
@@ -352,6 +375,7 @@ class FusedOptimizationStepper(OptimizationStepper):
         self._complain(bad.tolist(), self.updates, "" if frames is None else f" (frame {frames})")
 
     def _remember(self, bad: Tensor) -> None:
+        bad = bad.clone()  # a graph's memory is written again by its next replay
         every = bad[-1]
         if self._first is None:
             self._first = (bad, every * self.updates)
@@ -394,9 +418,14 @@ class FusedOptimizationStepper(OptimizationStepper):
     # ------------------------------------------------------------------------------------------- the means
 
     def _accumulate(self, values: Tensor, updates: int | Tensor) -> None:
-        # sums of a checkpoint come to the device of the updates with the first of them
-        self._sums = values if self._sums is None else self._sums.to(values.device) + values
         self._count = self._count + updates
+        if self._sums is None:
+            self._keys, self._sums = self._found, values
+            return
+        if list(self._found) != list(self._keys):
+            values = values[[self._found.index(key) for key in self._keys]]
+        # sums of a checkpoint come to the device of the updates with the first of them
+        self._sums = self._sums.to(values.device) + values
 
     def means(self) -> dict[str, float]:
         """Mean of every output that is kept since :meth:`reset`, over its elements (empty before the first update)."""
@@ -541,5 +570,7 @@ def _clipped(present: dict[int, Tensor], norms: Mapping[int, Tensor], options: _
             within = torch._foreach_mul(found, (options.limit / (norm + 1e-6)).clamp(max=1.0))
         else:
             within = torch._foreach_clamp_max(torch._foreach_clamp_min(found, -options.limit), options.limit)
-        clipped.update(zip(places, within, strict=True))
+        # numbers are promoted by a factor of another dtype
+        kept = (gradient.to(before.dtype) for gradient, before in zip(within, found, strict=True))
+        clipped.update(zip(places, kept, strict=True))
     return clipped
