@@ -178,7 +178,7 @@ def instrument(clock: Clock, trainer: Trainer) -> None:
             (loss, "qvalue_v2_loss", "loss, critics and target"),
             (loss, "loss_critic", "loss, critics and target"),
             (torch.Tensor, "backward", "backward"),
-            (steppers, "_finish", "clipping, finite losses"),
+            (steppers, "judge_and_clip", "clipping, finite losses"),
         ]
     for owner, attribute, part in parts:
         if hasattr(owner, attribute):
