@@ -91,6 +91,7 @@ def learn(
     output: Path,
     learning_rate: float = 3e-4,
     random_frames: int = 1000,
+    num_envs: int = 1,
 ) -> None:
     """A whole training with the settings of the recipe's defaults, on one thread.
 
@@ -104,6 +105,7 @@ def learn(
         output: CSV file, a row an evaluation: frames, mean and standard deviation of the returns.
         learning_rate: of every network and of the temperature.
         random_frames: of SAC, before the first update.
+        num_envs: of PPO, one after the other; a batch has 2,048 frames of all of them together.
     """
     library = _library()
     from stable_baselines3.common.callbacks import BaseCallback
@@ -114,7 +116,7 @@ def learn(
     torch.set_num_threads(1)
 
     def vector(training: bool) -> Any:
-        env: Any = DummyVecEnv([lambda: Monitor(make_gym_env(name))])
+        env: Any = DummyVecEnv([lambda: Monitor(make_gym_env(name))] * (num_envs if training else 1))
         return VecNormalize(env, training=training, norm_reward=training) if algorithm == "ppo" else env
 
     train_env, eval_env = vector(True), vector(False)
@@ -132,6 +134,7 @@ def learn(
         model = library.PPO(
             "MlpPolicy",
             train_env,
+            n_steps=2048 // num_envs,
             learning_rate=lambda left: learning_rate * left,
             clip_range_vf=0.2,
             # the recipe's 0.25 of the squared error; gradients are clipped with it

@@ -1,15 +1,17 @@
 """Our Gaussian beside Stable-Baselines3 and beside published curves: whether a training learns as others' do.
 
     python recipes/benchmarks/control.py --jobs 2
+    python recipes/benchmarks/control.py --algorithms ppo --num-envs 8
     python recipes/benchmarks/control.py --show
 
 SAC (100,000 frames) and PPO (500,000 frames) with the same settings on both sides, HalfCheetah-v4 and Hopper-v4, three
 seeds, one thread each. The recipe is started by its command line as a user starts it. PPO runs with the recipe's
-defaults; SAC with the learning rate of 1e-3 and the 5,000 random frames of the published curve. With the recipe's 3e-4
-and 1,000 (``--sac-settings recipe``) both libraries learn more slowly in the first 100,000 frames. Every training
-has a directory of its own under ``--work``; the same command goes on after any stop: what is finished is left alone, a
-run of ours is resumed, one of Stable-Baselines3 begins again. The evaluations (10 deterministic episodes) of all of
-them go to ``--output``, and the picture beside it is drawn over the published curves of ``published.csv``.
+defaults and with ``--num-envs`` environments on both sides; SAC with the learning rate of 1e-3 and the 5,000 random
+frames of the published curve. With the recipe's 3e-4 and 1,000 (``--sac-settings recipe``) both libraries learn more
+slowly in the first 100,000 frames. Every training has a directory of its own under ``--work``; the same command goes on
+after any stop: what is finished is left alone, a run of ours is resumed, one of Stable-Baselines3 begins again. The
+evaluations (10 deterministic episodes) of all of them go to ``--output``, and the picture beside it is drawn over the
+published curves of ``published.csv``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ RESULTS = RECIPES / "results"
 ENVS = ("HalfCheetah-v4", "Hopper-v4")
 FRAMES = {"sac": 100_000, "ppo": 500_000}
 INTERVAL = {"sac": 10_000, "ppo": 25_000}
+NUM_ENVS = "num_envs="
 OURS, THEIRS = "torchrl_pmoe", "Stable-Baselines3"
 COLORS = {OURS: "#D55E00", THEIRS: "#0072B2"}
 COLUMNS = ["algorithm", "settings", "env", "trained_by", "seed", "frames", "return_mean", "return_std"]
@@ -47,11 +50,8 @@ SimbaV2's file of results has an evaluation every 16,666 frames, 1/300 of 5,000,
 github.com/adityab/CrossQ, which trains its SAC with these two (``slurm/submit_everything.sh``).
 """
 
-TITLES = {
-    ("sac", "published"): "lr 1e-3, 5,000 random frames",
-    ("sac", "recipe"): "lr 3e-4, 1,000 random frames",
-    ("ppo", "recipe"): "the recipe's defaults",
-}
+TITLES = {"published": "lr 1e-3, 5,000 random frames", "recipe": "lr 3e-4, 1,000 random frames"}
+"""Of the settings of SAC; those of PPO, its number of environments, speak for themselves."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Cell:
 
     def directory(self, work: Path) -> Path:
         """Where it leaves its files."""
-        return work / f"{self.algorithm}-{self.settings}-{self.env}-{self.trained_by}-seed{self.seed}"
+        settings = self.settings.replace("=", "")  # Hydra would want it quoted
+        return work / f"{self.algorithm}-{settings}-{self.env}-{self.trained_by}-seed{self.seed}"
 
     def evaluations(self, work: Path) -> pd.DataFrame | None:
         """What has been evaluated so far, or nothing."""
@@ -94,21 +95,28 @@ class Cell:
             f"env={self.env}",
             "policy=gaussian",
             f"seed={self.seed}",
-            *self.overrides(),
+            *(f"{key}={value}" for key, value in self.overrides().items()),
             f"total_frames={FRAMES[self.algorithm]}",
             f"logger.eval_interval={INTERVAL[self.algorithm]}",
             "optim.num_threads=1",
             f"hydra.run.dir={run}",
         ]
 
-    def overrides(self) -> list[str]:
+    @property
+    def num_envs(self) -> int:
+        """Environments that PPO's frames come from."""
+        return int(self.settings.removeprefix(NUM_ENVS)) if self.algorithm == "ppo" else 1
+
+    def overrides(self) -> dict[str, Any]:
         """What differs from the recipe's defaults."""
+        if self.algorithm == "ppo":
+            return {"collector.num_envs": self.num_envs, "collector.backend": "serial"}
         if self.settings == "recipe":
-            return []
-        return [
-            f"optim.lr={PUBLISHED_SAC['learning_rate']}",
-            f"collector.init_random_frames={PUBLISHED_SAC['random_frames']}",
-        ]
+            return {}
+        return {
+            "optim.lr": PUBLISHED_SAC["learning_rate"],
+            "collector.init_random_frames": PUBLISHED_SAC["random_frames"],
+        }
 
     def run(self, work: Path) -> int:
         """Train in a process of its own, its output in ``output.log``; its exit status."""
@@ -123,11 +131,12 @@ class Cell:
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
     """All trainings, the first seed of each task first."""
+    settings = {"sac": args.sac_settings, "ppo": f"{NUM_ENVS}{args.num_envs}"}
     for seed in range(args.seeds):
         for algorithm in args.algorithms:
             for env in args.envs:
                 for library in (OURS, THEIRS):
-                    yield Cell(algorithm, args.sac_settings if algorithm == "sac" else "recipe", env, library, seed)
+                    yield Cell(algorithm, settings[algorithm], env, library, seed)
 
 
 def collect(args: argparse.Namespace) -> pd.DataFrame:
@@ -169,7 +178,7 @@ def draw(data: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
             mean = runs.groupby("frames")["return_mean"].mean()
             ax.plot(mean.index, mean, color=COLORS[library], linewidth=2.2, label=f"{library}, mean over seeds")
         ax.set(
-            title=f"{algorithm.upper()}, {env}\n{TITLES[algorithm, settings]}",
+            title=f"{algorithm.upper()}, {env}\n{TITLES.get(settings, settings)}",
             xlabel="frames",
             ylabel="evaluation return",
         )
@@ -217,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--algorithms", nargs="+", choices=FRAMES, default=list(FRAMES), help="(all)")
     parser.add_argument("--envs", nargs="+", default=ENVS, metavar="ENV", help=f"({' '.join(ENVS)})")
     parser.add_argument("--sac-settings", choices=["published", "recipe"], default="published", help="(published)")
+    parser.add_argument("--num-envs", type=at_least_one, default=1, help="of PPO (1)")
     parser.add_argument("--seeds", type=at_least_one, default=3, help="(3)")
     parser.add_argument("--jobs", type=at_least_one, default=1, help="trainings at once, one thread each (1)")
     parser.add_argument("--work", type=Path, default=Path("outputs/control"), help="of the trainings (outputs/control)")
@@ -271,6 +281,7 @@ def learn(cell: Cell, run: Path) -> None:
         FRAMES[cell.algorithm],
         INTERVAL[cell.algorithm],
         run / "metrics.csv",
+        num_envs=cell.num_envs,
         **(PUBLISHED_SAC if cell.settings == "published" else {}),
     )
 
