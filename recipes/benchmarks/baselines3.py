@@ -1,9 +1,10 @@
-"""Stable-Baselines3's SAC and PPO with the settings of the recipes."""
+"""SAC and PPO of Stable-Baselines3, and of SBX, its sibling in JAX, with the settings of the recipes."""
 
 from __future__ import annotations
 
 import csv
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from workers import MissingPackage, Turns
 
 from torchrl_pmoe.envs.making import make_gym_env
 
+SB3, SBX = "Stable-Baselines3", "SBX"
+_MODULES = {SB3: ("stable_baselines3", "benchmarks"), SBX: ("sbx", "sbx")}
+"""Of each library, and the extra that brings it."""
 
-def _library() -> Any:
+
+def _library(name: str = SB3) -> Any:
+    module, extra = _MODULES[name]
     try:
-        import stable_baselines3
+        return import_module(module)
     except ImportError as error:
-        raise MissingPackage(f"pip install -e '.[benchmarks]' brings what it needs ({error})") from error
-    return stable_baselines3
+        raise MissingPackage(f"pip install -e '.[{extra}]' brings what it needs ({error})") from error
 
 
 def _calls(turns: Turns, hook: str) -> Any:
@@ -42,9 +47,9 @@ def _calls(turns: Turns, hook: str) -> Any:
     return Watch()
 
 
-def train_sac(name: str, random_frames: int, turns: Turns) -> None:
+def train_sac(name: str, random_frames: int, turns: Turns, library: str = SB3) -> None:
     """SAC in one environment, an update of batch 256 a frame, 2 x 256."""
-    model = _library().SAC(
+    model = _library(library).SAC(
         "MlpPolicy",
         make_gym_env(name),
         learning_starts=random_frames,
@@ -59,16 +64,16 @@ def train_sac(name: str, random_frames: int, turns: Turns) -> None:
     model.learn(NEVER, callback=_calls(turns, "_on_step"))
 
 
-def train_ppo(name: str, num_envs: int, turns: Turns) -> None:
+def train_ppo(name: str, num_envs: int, turns: Turns, library: str = SB3) -> None:
     """PPO with 2,048 frames a batch, 32 minibatches, 10 epochs, tanh 2 x 64; environments one after the other."""
-    library = _library()
+    module = _library(library)
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     def single() -> gym.Env:
         return Monitor(make_gym_env(name))
 
-    model = library.PPO(
+    model = module.PPO(
         "MlpPolicy",
         DummyVecEnv([single] * num_envs),
         n_steps=2048 // num_envs,

@@ -6,6 +6,8 @@ import argparse
 import csv
 import sys
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from recipe_runs import RECIPES, resolve
@@ -13,10 +15,12 @@ from tensordict import TensorDict
 from torch.testing import assert_close
 from torchrl.data import Bounded
 from torchrl.objectives import SoftUpdate
+from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 sys.path.insert(0, str(RECIPES / "benchmarks"))
 
 import baselines3
+import cleanrl_style
 import memory
 import ppo_speed
 import profile_frame
@@ -32,6 +36,7 @@ from rounds import Finished
 from workers import MissingPackage
 
 from torchrl_pmoe.envs import make_env
+from torchrl_pmoe.envs.making import make_gym_env
 
 OBSERVATION, ACTION, BATCH, CELLS = 5, 2, 32, (16, 16)
 SMALL = ["env=Pendulum-v1", "total_frames=1000", "network.hidden_sizes=[16,16]"]
@@ -178,6 +183,42 @@ def test_plain_loop_makes_one_update_a_frame_once_the_random_frames_are_over(mon
     assert set(updates[0].keys(True, True)) - {"index"} == set(STORED)
 
 
+def test_plain_loops_in_pytorch_learn_once_a_frame_and_once_a_minibatch(monkeypatch):
+    updates = []
+    monkeypatch.setattr(cleanrl_style.torch, "compile", lambda function: function)
+    monkeypatch.setattr(raw_sac.RawSAC, "update", lambda agent, batch: updates.append(batch))
+    frames = cleanrl_style.train_sac(make_gym_env("Pendulum-v1"), random_frames=5, batch_size=4, buffer_size=8)
+    assert [next(frames) for _ in range(12)] == list(range(1, 13))
+    assert len(updates) == 7
+    assert updates[0].observation.shape == (4, 3)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: updates.append(optimizer))
+    pool = cleanrl_style.NormalizedPool(gym.make_vec("Pendulum-v1", 2), 2)
+    updates.clear()
+    frames = cleanrl_style.train_ppo(pool, frames_per_batch=16, num_minibatches=2, epochs=3)
+    assert [next(frames) for _ in range(2)] == [16, 32]
+    assert len(updates) == 12
+
+
+def test_plain_advantages_are_those_of_torchrl():
+    shape = (6, 3, 1)
+    rewards, values, following = (torch.randn(shape) for _ in range(3))
+    ends = torch.rand(shape) < 0.3
+    following[:-1] = torch.where(ends[:-1], following[:-1], values[1:])
+    expected, _ = generalized_advantage_estimate(0.99, 0.95, values, following, rewards, ends, ends, time_dim=0)
+    found = cleanrl_style.advantages_of(*(x.squeeze(-1) for x in (rewards, values, ends.float(), following[-1])))
+    assert_close(found, expected.squeeze(-1))
+
+
+def test_plain_moments_are_those_of_all_rows():
+    rows = np.random.default_rng(0).normal(3, 2, (50, 4))
+    moments = cleanrl_style.Moments(4)
+    for part in np.split(rows, 5):
+        moments.update(part)
+    np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(moments.var, rows.var(0), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("train", "frames"), [("train_sac", 1), ("train_ppo", 2048)])
 def test_stable_baselines3_reports_its_frames(train, frames):
     pytest.importorskip("stable_baselines3")
@@ -187,10 +228,14 @@ def test_stable_baselines3_reports_its_frames(train, frames):
     assert turns.seen[-1] == frames
 
 
-def test_missing_stable_baselines3_is_one_line_that_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
-    with pytest.raises(MissingPackage, match=r"pip install -e '\.\[benchmarks\]'"):
-        baselines3.train_sac("Pendulum-v1", 1, _Until(1))
+@pytest.mark.parametrize(
+    ("library", "module", "extra"),
+    [(baselines3.SB3, "stable_baselines3", "benchmarks"), (baselines3.SBX, "sbx", "sbx")],
+)
+def test_a_missing_library_is_one_line_that_says_what_to_install(library, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingPackage, match=rf"pip install -e '\.\[{extra}\]'"):
+        baselines3.train_sac("Pendulum-v1", 1, _Until(1), library)
 
 
 def _rows(path):
