@@ -14,6 +14,7 @@ from torchrl.objectives import SoftUpdate, TargetNetUpdater
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
+from torchrl_pmoe.trainers.descent import soft_update_tensors, step_optimizer, step_targets
 from torchrl_pmoe.trainers.nonfinite import BAD_IN_A_ROW, NonFiniteError, OnNonFinite, check_choice
 from torchrl_pmoe.trainers.updates import (
     DYNAMO,
@@ -93,6 +94,7 @@ class FusedOptimizationStepper(OptimizationStepper):
                 f"got {type(target_updater).__name__}."
             )
         self.target_updater = target_updater
+        self._soft_update = soft_update_tensors(target_updater)
         self.compile = bool(compile) or isinstance(compile, Mapping)
         self._compiler = compiler_arguments(compile if isinstance(compile, Mapping) else {})
         self.cudagraphs = cudagraphs
@@ -276,9 +278,9 @@ class FusedOptimizationStepper(OptimizationStepper):
             parameter.grad = None
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()
+        step_optimizer(optimizer)
         if self.target_updater is not None:
-            self.target_updater.step()
+            step_targets(self.target_updater, self._soft_update)
 
     def _leave_out(self, bad: Tensor) -> Tensor:
         if self.on_nonfinite == "stop":
