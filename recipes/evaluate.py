@@ -14,6 +14,9 @@ evaluations have none. What is written replaces what an earlier evaluation left 
   sum of all);
 - ``episode.mp4``: the first episode. Where it cannot be rendered, a line says why, and the rest is there; with
   ``--video`` the exit status is 1 then. MuJoCo renders without a display through EGL, or else OSMesa.
+
+With ``--export FILE`` no episode is played. The policy becomes a program that runs without this package:
+``policy.onnx`` for ONNX Runtime, ``policy.pt2`` for torch.export.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def load(
     path: Path,
     *,
     agent: int | None = None,
-    act: str | None = None,
+    act: str | int | None = None,
     commit_steps: int | Literal["episode"] | None = None,
     on: str = "cpu",
 ) -> LoadedPolicy:
@@ -68,7 +71,7 @@ def load(
     Args:
         path: see the module.
         agent: seed of one of several.
-        act: how it acts; unset, as in the evaluations of its run.
+        act: how it acts, or the expert that acts alone; unset, as in the evaluations of its run.
         commit_steps: for how many steps an expert acts that is committed; unset, as in its run.
         on: device.
 
@@ -81,7 +84,7 @@ def load(
     if act in ("drawn", "committed") and (policy in UNIMODAL or (chosen_by_critics and act == "drawn")):
         why = f"policy={policy}, which {UNIMODAL[policy]}" if policy in UNIMODAL else "acting=best_of_experts"
         raise UsageError(f"--act={act}: must be deterministic or stochastic with {why}")
-    if commit_steps is not None and (act or config.get("acting")) != "committed":
+    if commit_steps is not None and (config.get("acting") if act is None else act) != "committed":
         raise UsageError(f"--commit-steps={commit_steps}: must be given with --act committed only")
     try:
         loaded = load_policy(checkpoint, agent=agent, act=act, commit_steps=commit_steps, device=on)  # type: ignore[arg-type]
@@ -111,6 +114,23 @@ def _locate(path: Path, agent: int | None) -> tuple[Path, int | None]:
     if agent not in (None, int(number[1])):
         raise UsageError(f"--agent={agent}: must be {number[1]} with {path}")
     return parent, int(number[1])
+
+
+def export(loaded: LoadedPolicy, path: Path) -> None:
+    """Write the policy as a program.
+
+    Raises:
+        UsageError: in one line, for a file or a policy of which there is none.
+    """
+    try:
+        loaded.export(path)
+    except EnvironmentFault:
+        raise
+    except (ImportError, ValueError) as error:
+        # a policy that has no program names the option by itself
+        named = "--" if str(error).startswith("act=") else "--export="
+        raise UsageError(f"{named}{error}") from error
+    print(f"{describe(loaded.env, name_of(loaded), loaded.actor)}, acting {loaded.kind}: {path}")
 
 
 def directory_of(loaded: LoadedPolicy) -> Path:
@@ -302,6 +322,12 @@ def _integer(at_least: int, at_most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _act(given: str) -> int | str:
+    if given in KINDS or given.isdecimal():
+        return given if given in KINDS else int(given)
+    raise argparse.ArgumentTypeError(f"{given}: must be one of {', '.join(KINDS)}, or the number of an expert")
+
+
 def _steps(given: str) -> int | str:
     return given if given == "episode" else _integer(1, 2**31 - 1)(given)
 
@@ -325,7 +351,8 @@ def _parser() -> argparse.ArgumentParser:
     add("run", type=Path, metavar="RUN", help="directory of a run, or of one of its checkpoints")
     add("--episodes", type=_integer(1), default=10, metavar="N", help="how many (10)")
     add("--seed", type=_integer(0, 2**31 - 1), help="of the first episode (the agent's + 4,000,000)")
-    add("--act", choices=KINDS, help="how the agent acts (as in the run's own evaluations)")
+    ways = f"how the agent acts: {', '.join(KINDS)}, or the number of an expert (as in the run's own evaluations)"
+    add("--act", type=_act, metavar="HOW", help=ways)
     steps = "with --act committed: for how many steps an expert acts, or episode (as in the run, else episode)"
     add("--commit-steps", type=_steps, metavar="N", help=steps)
     add("--max-steps", type=_integer(1), metavar="N", help="cut an episode here (logger.eval_max_steps of the run)")
@@ -333,6 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", help="where the files go (RUN/evaluation)")
     add("--video", action=argparse.BooleanOptionalAction, help="film the first episode (if that is possible)")
     add("--device", type=_device, default="cpu", help="where the policy runs (cpu)")
+    add("--export", type=Path, metavar="FILE", help="write the policy as a program, .onnx or .pt2, and play no episode")
     return parser
 
 
@@ -341,6 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         loaded = load(args.run, agent=args.agent, act=args.act, commit_steps=args.commit_steps, on=args.device)
+        if args.export is not None:
+            export(loaded, args.export)
+            return 0
         output = args.output
         if output is None:
             output = directory_of(loaded) / "evaluation"
@@ -348,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 output /= loaded.checkpoint.name
         if there := RunDirectory(output).outputs():
             raise UsageError(f"--output={output}: must be a directory without a run, it has {', '.join(there)}")
-        how = args.act or f"{loaded.kind} as in the run's own evaluations"
+        how = f"{loaded.kind} as in the run's own evaluations" if args.act is None else args.act
         with owned(output, f"--output={output}", "a directory that no other process uses"):
             print(describe(loaded.env, name_of(loaded), loaded.actor))
             print(f"{loaded.checkpoint.name}, agent of seed {loaded.seed}, acting {how}")

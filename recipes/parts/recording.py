@@ -26,6 +26,7 @@ from parts.resume import command_to_resume, does_not_fit, from_here, interpreter
 from parts.training import CheckpointOptions, announce
 from torchrl_pmoe.envs import NormalizeObservationAndReward
 from torchrl_pmoe.runs import (
+    AgentResult,
     Evaluator,
     MetricsFile,
     PolicyParts,
@@ -34,6 +35,7 @@ from torchrl_pmoe.runs import (
     SavedPolicies,
     read_metrics,
     run_logger,
+    write_model_card,
 )
 from torchrl_pmoe.runs.acting import Kind
 from torchrl_pmoe.trainers import (
@@ -274,9 +276,33 @@ def train_and_record(
             run_to_the_end(trainer, run_dir, recorded, received, lambda: _draw(agents, metrics))
     if stepper.on_nonfinite == "skip":
         print(f"{stepper.skipped} updates were skipped")
+    _write_card(run_dir, agents, [one.last for one in metrics], evaluation, trainer.collected_frames // number)
     RunDirectory(run_dir).finish(trainer.total_frames // number)
     # a training of an experiment has as many frames as the others of the experiment
     print(what_next(run_dir, agents, [one.last for one in metrics], longer=not only_if_unfinished))
+
+
+def _write_card(
+    run_dir: Path,
+    agents: Sequence[Agent],
+    last: Sequence[Mapping[str, float]],
+    evaluation: EvaluationOptions,
+    frames: int,
+) -> None:
+    write_model_card(
+        run_dir,
+        title=agents[0].title if len(agents) == 1 else f"{agents[0].title} and {len(agents) - 1} more",
+        env=evaluation.env,
+        env_kwargs=evaluation.env_kwargs,
+        frames=frames,
+        episodes=evaluation.episodes,
+        kind=agents[0].kind,
+        results=[
+            AgentResult(agent.seed, row["return_mean"], row["return_std"])
+            for agent, row in zip(agents, last, strict=True)
+            if "return_mean" in row
+        ],
+    )
 
 
 def what_next(

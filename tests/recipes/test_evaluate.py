@@ -467,7 +467,13 @@ def test_nothing_of_the_run_is_touched(trained, tmp_path):
         (["--seed", "-1"], "argument --seed: -1: must be an integer >= 0"),
         (["--max-steps", "0"], "argument --max-steps: 0: must be an integer >= 1"),
         (["--device", "gpu9"], "argument --device: gpu9: must be a device of this machine (cpu"),
-        (["--act", "wildly"], "argument --act: invalid choice: 'wildly'"),
+        (
+            ["--act", "wildly"],
+            "argument --act: wildly: must be one of deterministic, drawn, stochastic, committed, or ",
+        ),
+        (["--act", "3"], "--act=3: must be one of deterministic, drawn, stochastic, committed or an expert below 3"),
+        (["--export", "policy.bin"], "--export=policy.bin: must end in .pt2 (torch.export) or .onnx"),
+        (["--export", "policy.pt2", "--act", "committed"], "--act=committed: cannot be exported, because it carries "),
         (["--agent", "7"], "--agent=7: must be one of the seeds 3"),
         (["--output", __file__], f"--output={__file__}: must be a directory"),
         (["--bang"], "unrecognized arguments: --bang"),
@@ -482,6 +488,23 @@ def test_bad_arguments_get_one_line_and_leave_nothing(trained, args, line, capsy
     assert shown.err.startswith(f"error: {line}")
     assert shown.err.count("\n") == 1
     assert not (run / "evaluation").exists()
+
+
+def test_an_expert_that_is_evaluated_alone_is_the_one_that_is_exported(trained, tmp_path, capsys):
+    run, _ = trained(sac_pmoe, "env=Pendulum-v1")
+    (row,) = table(evaluated(run, "--episodes", "1", "--act", "2") / "episodes.csv")
+    assert "acting 2\n" in capsys.readouterr().out
+    shutil.rmtree(run / "evaluation")
+    assert evaluate.main([str(run), "--act", "2", "--export", str(tmp_path / "two.pt2")]) == 0
+    assert capsys.readouterr().out.endswith(f", acting 2: {tmp_path / 'two.pt2'}\n")
+    assert not (run / "evaluation").exists()
+    act, env = torch.export.load(tmp_path / "two.pt2").module(), gym.make("Pendulum-v1")
+    observation, _ = env.reset(seed=SEED)
+    total = 0.0
+    for _ in range(STEPS):
+        observation, reward, *_ = env.step(act(torch.as_tensor(observation)[None])[0].numpy())
+        total += reward
+    assert total == pytest.approx(float(row["return"]), rel=1e-4)
 
 
 @pytest.mark.parametrize(

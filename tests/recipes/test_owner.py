@@ -149,7 +149,8 @@ def test_a_new_run_does_not_begin_where_another_has_been(recipe, finished, launc
     assert status == 2
     assert line == (
         "error: hydra.run.dir=bob's run: must be a directory without a run, it has checkpoints, checkpoints.csv, "
-        "config.yaml, finished, learning_curve.png, metrics.csv; resume='bob\\'s run' goes on with that run"
+        "config.yaml, finished, learning_curve.png, metrics.csv, model_card.md; "
+        "resume='bob\\'s run' goes on with that run"
     )
     assert snapshot(tmp_path) == before
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from fnmatch import fnmatch
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.checkpoint import CheckpointError
 from torchrl.data import Bounded
@@ -24,7 +29,17 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, TanhNormal
 
 from torchrl_pmoe import PMOEActor
-from torchrl_pmoe.runs import Evaluator, PolicyParts, SavedPolicies, VerifiedCheckpoint, construct, load_policy
+from torchrl_pmoe.runs import (
+    Evaluator,
+    PolicyParts,
+    SavedPolicies,
+    VerifiedCheckpoint,
+    construct,
+    export,
+    load_policy,
+    push_to_hub,
+)
+from torchrl_pmoe.runs import hub as hub_module
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
@@ -33,6 +48,7 @@ import dac  # isort: skip
 import ppo_pmoe  # isort: skip
 import sac_many_seeds  # isort: skip
 import sac_pmoe  # isort: skip
+from parts import resume  # isort: skip
 
 SAC = [
     "env=Pendulum-v1",
@@ -437,3 +453,212 @@ def test_an_actor_of_ones_own_is_given_and_takes_the_weights(tmp_path):
     with pytest.raises(ValueError, match=r"^actor: must have the parameters of the run's own ") as error:
         load_policy(checkpoint, actor=make((5,)))
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- programs
+
+
+def program_of(policy, path):
+    """From observations and noise to actions, by ONNX Runtime or PyTorch alone."""
+    policy.export(path)
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [(one.name, one.shape[0]) for one in session.get_outputs()] == [("action", "batch")]
+    return lambda observation, **noise: torch.from_numpy(
+        session.run(None, {key: x.numpy() for key, x in {"observation": observation, **noise}.items()})[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "noise", "suffix"),
+    [
+        ("pmoe", "deterministic", [], ".pt2"),
+        ("pmoe", "stochastic", ["normal", "uniform"], ".onnx"),
+        ("gaussian", "stochastic", ["normal"], ".onnx"),
+        ("gating", "deterministic", [], ".pt2"),
+        ("ppo", "stochastic", ["normal", "uniform"], ".pt2"),
+        ("ppo", "drawn", ["uniform"], ".onnx"),
+        ("ppo", 1, [], ".onnx"),
+    ],
+)
+def test_a_program_acts_as_the_policy_does(name, act, noise, suffix, trained, tmp_path):
+    policy, observation = load_policy(trained(name)[0], act=act), 3 * seen(name, 40)
+    if name == "gating":  # Hopper shows float64
+        observation = observation.double()
+    torch.manual_seed(7)
+    expected = loaded_action(policy, observation)
+    torch.manual_seed(7)
+    drawn = {
+        "normal": lambda: torch.randn(40, 1) if name == "gaussian" else torch.randn(40, 3, 1),
+        "uniform": lambda: torch.rand(40, 1),
+    }
+    given = {key: drawn[key]() for key in noise}
+    program = program_of(policy, tmp_path / "deeper" / f"policy{suffix}")
+    torch.testing.assert_close(program(observation, **given), expected, rtol=0, atol=1e-5)
+    # one state alone, and the policy as it was
+    one = program(observation[:1], **{key: x[:1] for key, x in given.items()})
+    torch.testing.assert_close(one, expected[:1], rtol=0, atol=1e-5)
+    torch.manual_seed(7)
+    assert torch.equal(loaded_action(policy, observation), expected)
+    # units, normalisation and the choice of an expert are at work
+    assert expected.abs().max() > (0.1 if name == "gating" else 1.0)
+
+
+def test_a_program_needs_pytorch_alone_and_leaves_the_generator_as_it_was(trained, tmp_path):
+    policy = load_policy(trained("pmoe")[0], act="drawn")
+    before = torch.get_rng_state()
+    policy.export(tmp_path / "policy.pt2")
+    assert torch.equal(torch.get_rng_state(), before)
+    code = (
+        "import sys, torch\n"
+        f"act = torch.export.load({str(tmp_path / 'policy.pt2')!r}).module()\n"
+        "action = act(torch.zeros(5, 3), uniform=torch.rand(5, 1))\n"
+        "print(tuple(action.shape), action.requires_grad, {'tensordict', 'torchrl', 'torchrl_pmoe'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "(5, 1) False set()\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "line"),
+    [
+        ("committed", None, "act=committed: cannot be exported, because it carries who acts from step to step; one "
+                            "expert can be: act=0"),
+        ("dac", "stochastic", "act=stochastic: cannot be exported, because it carries who acts from step to step"),
+        ("best_of_experts", None, "act=deterministic: cannot be exported, because critics choose its actions; one "
+                                  "expert can be: act=0"),
+    ],
+)  # fmt: skip
+def test_a_policy_that_no_program_can_be_is_refused_in_one_line(name, act, line, trained, tmp_path):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_policy(trained(name)[0], act=act).export(tmp_path / "policy.pt2")
+    assert str(error.value) == line
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_program_in_another_format_or_without_its_packages_is_refused(trained, tmp_path, monkeypatch):
+    policy = load_policy(trained("pmoe")[0])
+    with pytest.raises(ValueError, match=r"policy\.pt: must end in \.pt2 \(torch\.export\) or \.onnx$"):
+        policy.export(tmp_path / "policy.pt")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs onnx and onnxscript: pip install 'torchrl_pmoe\[onnx\]'$"):
+        policy.export(tmp_path / "policy.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("draw", "line"),
+    [
+        (lambda x: torch.randn(len(x), 2) + torch.randn(len(x), 2), "draws normal numbers more than once"),
+        (lambda x: x[:, :2].exp().multinomial(1).float(), "draws by aten.multinomial"),
+    ],
+)
+def test_what_is_drawn_in_another_way_is_refused(draw, line, tmp_path):
+    policy = TensorDictModule(draw, in_keys=["observation"], out_keys=["action"])
+    with pytest.raises(ValueError, match=f"^a policy that {line}.* cannot be exported$"):
+        export.export_policy(policy, tmp_path / "policy.pt2", torch.zeros(2, 3))
+
+
+# ----------------------------------------------------------------------------------------- cards, and the Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hub: repositories as folders, and a cache of links to files, as the Hub's own is."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    api, server = create_autospec(huggingface_hub.HfApi), tmp_path / "server"
+
+    def create_repo(repo_id, *, exist_ok, private):
+        (server / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(*, repo_id, folder_path, delete_patterns, commit_message):
+        for old in [path for path in (server / repo_id).rglob("*") if path.is_file()]:
+            if fnmatch(old.relative_to(server / repo_id).as_posix(), delete_patterns):
+                old.unlink()
+        shutil.copytree(folder_path, server / repo_id, dirs_exist_ok=True)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    def snapshot_download(repo_id, *, revision=None, allow_patterns=None):
+        if not (server / repo_id).is_dir():
+            raise FileNotFoundError(f"404 Client Error\n{repo_id}")
+        cache = tmp_path / "cache" / str(revision) / str(len([*tmp_path.glob("cache/*/*")]))
+        for file in (path for path in (server / repo_id).rglob("*") if path.is_file()):
+            name = file.relative_to(server / repo_id)
+            if fnmatch(name.as_posix(), allow_patterns):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                (cache / name).symlink_to(file)
+        return str(cache)
+
+    api.return_value.create_repo.side_effect = create_repo
+    api.return_value.upload_folder.side_effect = upload_folder
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    download = create_autospec(huggingface_hub.snapshot_download, side_effect=snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return server
+
+
+@pytest.mark.parametrize("name", ["ppo", "two agents"])
+def test_a_pushed_run_is_loaded_from_the_hub_without_what_training_needs(name, trained, hub):
+    run, agents = trained(name)
+    assert push_to_hub(run, "me/pendulum") == "https://hub/me/pendulum/commit/1"
+    (checkpoint,) = (hub / "me" / "pendulum" / "checkpoints").iterdir()
+    assert [path.name for path in checkpoint.glob("components/*/*")] == ["state.pt"]
+    for seed in range(3, 3 + len(agents)):
+        ours, theirs = (load_policy(one, agent=seed) for one in (run, "hf://me/pendulum"))
+        actions = []
+        for policy in (ours, theirs):
+            observation = seen(name)  # what it draws is the same, too
+            actions.append(loaded_action(policy, observation))
+        assert torch.equal(*actions)
+        assert (theirs.env, theirs.kind, theirs.max_steps) == (ours.env, ours.kind, ours.max_steps)
+    pushed = {path.relative_to(hub / "me" / "pendulum").as_posix() for path in (hub / "me").rglob("*.csv")}
+    assert pushed == ({"metrics.csv"} if len(agents) == 1 else {"seed3/metrics.csv", "seed4/metrics.csv"})
+
+
+def test_a_run_from_the_hub_can_be_evaluated_by_its_recipe(trained, hub):
+    push_to_hub(trained("pmoe")[0], "me/pendulum")
+    config, checkpoint = resume.open_run(hub / "me" / "pendulum")
+    assert (config["env"], checkpoint.name) == ("Pendulum-v1", "checkpoint-000000000060")
+
+
+def test_a_push_replaces_the_run_that_was_there(trained, hub):
+    for name in ("ppo", "pmoe"):  # the first one has more frames
+        push_to_hub(trained(name)[0], "me/pendulum")
+    assert load_policy("hf://me/pendulum").checkpoint.name == "checkpoint-000000000060"
+    assert "cache/v1" in load_policy("hf://me/pendulum@v1").checkpoint.as_posix()
+
+
+def test_what_is_not_on_the_hub_is_told_in_one_line(trained, hub, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"^hf://me/nothing cannot be read: 404 Client Error me/nothing$"):
+        load_policy("hf://me/nothing")
+    with pytest.raises(CheckpointError, match=r"has no checkpoint$"):
+        push_to_hub(tmp_path, "me/nothing")
+    monkeypatch.setattr(hub_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"^hf://me/it: needs .* pip install 'torchrl_pmoe\[hub\]'$"):
+        load_policy("hf://me/it")
+
+
+@pytest.mark.parametrize("name", ["pmoe", "two agents"])
+def test_the_card_of_a_run_says_what_the_hub_asks_for(name, trained):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    run, agents = trained(name)
+    card = huggingface_hub.ModelCard.load(run / "model_card.md")
+    assert (card.data.library_name, card.data.tags[-1]) == ("torchrl_pmoe", "Pendulum-v1")
+    for seed, result in zip(range(3, 3 + len(agents)), card.data.eval_results, strict=True):
+        directory = run if name == "pmoe" else run / f"seed{seed}"
+        with (directory / "metrics.csv").open(newline="") as file:
+            row = list(csv.DictReader(file))[-1]
+        assert (result.task_type, result.dataset_type, result.metric_type, result.metric_name) == (
+            "reinforcement-learning", "Pendulum-v1", "mean_reward", f"mean_reward, seed {seed}",
+        )  # fmt: skip
+        mean, std = (float(number) for number in result.metric_value.split(" +/- "))
+        assert mean == pytest.approx(float(row["return_mean"]), abs=0.01)
+        assert std == pytest.approx(float(row["return_std"]), abs=0.01)
+    assert f"| frames | {int(row['frames'])}" in card.text
+    assert f"torch {torch.__version__}" in card.text
+    where = Path(__file__).parents[2]
+    if (where / ".git").exists() and shutil.which("git"):
+        head = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True)
+        assert f"| commit | {head.stdout.strip()}" in card.text

@@ -20,8 +20,10 @@ from torch import Tensor
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError, CheckpointLoadResult
 from torchrl.data import ReplayBuffer
 
-__all__ = ["ReplayRowsAdapter", "StateFileAdapter", "VerifiedCheckpoint"]
+__all__ = ["POLICIES", "ReplayRowsAdapter", "StateFileAdapter", "StateReader", "VerifiedCheckpoint"]
 
+POLICIES = "agents"
+"""The component that holds the policies of a run."""
 SUMS = "SHA256SUMS"
 _STATE = "state.pt"
 _ROWS = "rows-{:015d}-{:015d}.npz"
@@ -170,6 +172,21 @@ class VerifiedCheckpoint(Checkpoint):
         for directory in [root, *(path for path in root.rglob("*") if path.is_dir())]:
             _flush(directory)
         return size
+
+
+class StateReader:
+    """A component that takes whatever state there is, and may be saved again."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was read."""
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it."""
+        self.state = state_dict
 
 
 class StateFileAdapter(CheckpointAdapter):

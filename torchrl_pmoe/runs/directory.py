@@ -56,6 +56,7 @@ class RunDirectory:
         "checkpoints",
         "checkpoints.csv",
         "learning_curve.png",
+        "model_card.md",
         "logs",
         "logger.json",
         "seed[0-9]*",

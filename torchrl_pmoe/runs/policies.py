@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -21,16 +24,18 @@ from torchrl.objectives import SACLoss
 
 from torchrl_pmoe.baselines import OptionActor
 from torchrl_pmoe.envs.action_units import RawActionPolicy
+from torchrl_pmoe.envs.making import make_gym_env
 from torchrl_pmoe.envs.normalization import NormalizedPolicy, NormalizeObservationAndReward, normalize_observation
 from torchrl_pmoe.modules.actors import BestOfExpertsActor, ExpertsActor, PMOEActor
 from torchrl_pmoe.objectives import score_proposals
 from torchrl_pmoe.runs.acting import KINDS, CarriedOptionPolicy, Kind, WatchedPolicy, acting
-from torchrl_pmoe.runs.checkpoints import VerifiedCheckpoint
+from torchrl_pmoe.runs.checkpoints import POLICIES, StateReader, VerifiedCheckpoint
 from torchrl_pmoe.runs.directory import RunDirectory
+from torchrl_pmoe.runs.export import check_export_path, export_policy
+from torchrl_pmoe.runs.hub import HUB, download_checkpoint
 
 __all__ = ["LoadedPolicy", "PolicyParts", "SavedPolicies", "construct", "load_policy"]
 
-_COMPONENT = "agents"
 # where the classes of networks and distributions are: a blueprint may name those, and nothing that reads files, loads
 # what is not installed or starts an environment
 _TRUSTED = (
@@ -217,7 +222,7 @@ class SavedPolicies:
 
     def register(self, checkpoint: VerifiedCheckpoint) -> None:
         """Keep the policies in every checkpoint."""
-        checkpoint.register(_COMPONENT, self)
+        checkpoint.register(POLICIES, self)
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -248,6 +253,7 @@ class LoadedPolicy(TensorDictModuleBase):
         state: Mapping[str, Any],
         checkpoint: Path,
         kind: str,
+        not_exported: str | None = None,
     ) -> None:
         super().__init__()
         self.in_keys, self.out_keys = ["observation"], ["action"]
@@ -255,6 +261,7 @@ class LoadedPolicy(TensorDictModuleBase):
         self.env, self.env_kwargs = state["env"], json.loads(state["env_kwargs"])
         self.seed, self.kind, self.checkpoint = state["seed"], kind, checkpoint
         self.max_steps = state["max_steps"]
+        self._not_exported = not_exported
         device, self._dtype = (parameter := next(actor.parameters())).device, parameter.dtype
         self._raw = RawActionPolicy(in_unit_box, state["low"].to(device), state["high"].to(device))
 
@@ -266,6 +273,39 @@ class LoadedPolicy(TensorDictModuleBase):
         acted = self._raw(tensordict.set("observation", observation.to(self._dtype)))
         self.watched.clear()
         return acted.set("observation", observation)
+
+    def export(self, path: str | Path) -> None:
+        """Write the policy, acting as it does, as a program that needs neither this package nor TorchRL.
+
+        Its input ``observation`` ``[B, O]`` is the environment's, in the type that the environment has; its output
+        ``action`` ``[B, A]`` is within the environment's bounds. It draws nothing by itself: a policy that draws has
+        further inputs, ``uniform`` numbers in ``[0, 1)`` for the expert, ``[B, 1]``, and standard ``normal`` ones for
+        the action, ``[B, K, A]``, or ``[B, A]`` without experts.
+
+        Args:
+            path: ends in ``.pt2``, for ``torch.export.load(path).module()``, or in ``.onnx``.
+
+        Raises:
+            ValueError: for another ending, and for a policy that carries something from step to step, or whose critics
+                choose its actions.
+            ImportError: where the packages that ONNX needs are not installed.
+            EnvironmentFault: where the environment, which is asked for its observations, cannot be made.
+            OSError: where the file cannot be written.
+
+        Examples:
+            >>> load_policy("outputs/sac_pmoe/Walker2d-v4-pmoe-seed0/...", act="drawn").export("walker.onnx")
+        """
+        path = Path(path)
+        check_export_path(path)
+        if self._not_exported is not None:
+            instead = "; one expert can be: act=0" if isinstance(self.actor, PMOEActor) else ""
+            raise ValueError(f"act={self.kind}: cannot be exported, because {self._not_exported}{instead}")
+        env = make_gym_env(self.env, self.env_kwargs)
+        space: Any = env.observation_space
+        env.close()
+        # two rows: the tracer takes a batch of one for a constant
+        observation = torch.as_tensor(np.zeros((2, *space.shape), space.dtype), device=next(self.parameters()).device)
+        export_policy(self, path, observation)
 
 
 def load_policy(
@@ -282,7 +322,8 @@ def load_policy(
     Every byte is checked before it is read; no code of the files runs, and nothing of this process is changed.
 
     Args:
-        run: directory of a run, or one of its checkpoints.
+        run: directory of a run, one of its checkpoints, or ``"hf://owner/name"`` of a repository on the Hugging Face
+            Hub that :func:`push_to_hub` has filled; ``"hf://owner/name@revision"`` for another revision than ``main``.
 
     Keyword Args:
         act: ``"deterministic"``, ``"drawn"``, ``"stochastic"``, ``"committed"``, or the number of the expert that acts
@@ -296,6 +337,7 @@ def load_policy(
 
     Raises:
         CheckpointError: in one line, where there is no whole checkpoint with a policy.
+        ImportError: where the Hub is asked and ``huggingface_hub`` is not installed.
         ValueError: for an agent, a kind or an expert that the run does not have, and for ``commit_steps`` where no
             expert is committed.
 
@@ -303,15 +345,7 @@ def load_policy(
         >>> policy = load_policy("outputs/sac_pmoe/Walker2d-v4-pmoe-seed0/...")
         >>> GymEnv("Walker2d-v4").rollout(1000, policy)["next", "reward"].sum()
     """
-    path = Path(run)
-    checkpoint: Path | None = path
-    if path.absolute().parent.name != RunDirectory.CHECKPOINTS:
-        checkpoint = next(iter(RunDirectory(path).checkpoints()), None)
-    if checkpoint is None:
-        raise CheckpointError(f"{path} has no checkpoint")
-    found = _StateReader()
-    VerifiedCheckpoint(**{_COMPONENT: found}).load(checkpoint, components=[_COMPONENT], map_location="cpu")
-    states = {state["seed"]: state for state in found.state["agents"]}
+    states, checkpoint = _read_policies(run)
     if agent is None and len(states) == 1:
         agent = next(iter(states))
     if agent not in states:
@@ -348,19 +382,32 @@ def load_policy(
     if (norm := state.get("normalization")) is not None:
         mean, var = norm["mean"].to(device), norm["var"].to(device)
         in_unit_box = NormalizedPolicy(in_unit_box, lambda raw: normalize_observation(raw, mean, var, norm["clip"]))
-    return LoadedPolicy(made, in_unit_box, watched, state, checkpoint, str(act if act is not None else kind))
+    not_exported = None
+    if isinstance(made, OptionActor) or kind == "committed":
+        not_exported = "it carries who acts from step to step"
+    elif isinstance(policy, BestOfExpertsActor):
+        not_exported = "critics choose its actions"
+    acts = str(act if act is not None else kind)
+    return LoadedPolicy(made, in_unit_box, watched, state, checkpoint, acts, not_exported)
 
 
-class _StateReader:
-    """Takes whatever state there is."""
-
-    state: dict[str, Any]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state = state_dict
+def _read_policies(run: str | Path) -> tuple[dict[int, Mapping[str, Any]], Path]:
+    """The states of all agents by their seeds, and the checkpoint that holds them."""
+    on_hub = str(run).startswith(HUB)
+    path = Path(run)
+    checkpoint: Path | None = path
+    if on_hub:
+        checkpoint = download_checkpoint(str(run))
+    elif path.absolute().parent.name != RunDirectory.CHECKPOINTS:
+        checkpoint = next(iter(RunDirectory(path).checkpoints()), None)
+    if checkpoint is None:
+        raise CheckpointError(f"{run} has no checkpoint")
+    found = StateReader()
+    with TemporaryDirectory() as folder:
+        # the Hub's cache has links in the place of files, and a checkpoint holds none
+        source = shutil.copytree(checkpoint, Path(folder) / checkpoint.name) if on_hub else checkpoint
+        VerifiedCheckpoint(**{POLICIES: found}).load(source, components=[POLICIES], map_location="cpu")
+    return {state["seed"]: state for state in found.state["agents"]}, checkpoint
 
 
 def _make(blueprint: str | None, device: torch.device | str, actor: TensorDictModuleBase | None) -> Any:
