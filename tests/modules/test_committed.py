@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from scipy import stats
 from tensordict import TensorDict
-from torchrl.collectors import Collector
+from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Bounded
 from torchrl.envs import GymEnv, InitTracker, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -68,6 +70,34 @@ def test_a_commitment_lasts_across_the_batches_of_a_collector():
     collector = Collector(env_for(actor), actor, frames_per_batch=3 * 5, total_frames=3 * 60)
     batches = torch.cat([batch["steps_left"].squeeze(-1) for batch in collector], -1)
     assert batches.tolist() == [expected_left(60, 7)] * 3
+
+
+def make_pendulum():
+    env = TransformedEnv(GymEnv("Pendulum-v1", max_episode_steps=EPISODE), InitTracker())
+    return env.append_transform(CommittedExpertsActor(mixture()).make_tensordict_primer())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_of_a_collector_keeps_commitments_and_gets_new_weights():
+    actor = pickle.loads(pickle.dumps(CommittedExpertsActor(mixture(), commit_steps=7, deterministic=True)))
+    experts = actor.actor[0].module[0].experts
+    with torch.no_grad():
+        experts.weight.zero_()
+        experts.bias.fill_(1.0)  # all of them push to one side
+    collector = MultiSyncCollector([make_pendulum], actor, frames_per_batch=5, total_frames=500)
+    try:
+        batches = iter(collector)
+        first = [next(batches) for _ in range(2)]
+        assert all((batch["action"] > 0).all() for batch in first)
+        left = torch.cat([batch["steps_left"].flatten() for batch in first])
+        assert left.tolist() == expected_left(10, 7)
+        with torch.no_grad():
+            experts.bias.fill_(-1.0)
+        collector.update_policy_weights_()
+        next(batches)  # may have been under way
+        assert (next(batches)["action"] < 0).all()
+    finally:
+        collector.shutdown()
 
 
 def states(number):

@@ -236,7 +236,8 @@ class BestOfExpertsActor(TensorDictModuleBase):
         actor: whose ``get_dist`` returns a mixture.
         score_proposals: from states ``[*B]`` and proposals ``[*B, K, A]`` to values ``[*B, K]``, for instance
             :meth:`PMOESACLoss.score_proposals`. A method's module becomes a part of the actor: its parameters are
-            among the actor's, so a collector that updates the policy's weights updates the critics too.
+            among the actor's, so a collector that updates the policy's weights updates the critics too. Critics that a
+            ``functools.partial`` or a closure holds stay outside: in another process they would be left as they were.
     """
 
     def __init__(self, actor: ProbabilisticActor, score_proposals: Callable[[TensorDictBase, Tensor], Tensor]) -> None:
