@@ -24,6 +24,7 @@ TASKS = [
     "Pendulum-v1",
     "MountainCarContinuous-v0",
     "PMOE/TargetReaching-v0",
+    "PMOE/MultiGoal-v0",
 ]
 STEPS = 250
 
@@ -87,8 +88,9 @@ def test_every_environment_of_a_batch_is_restored(batch):
     assert_same_future(env, other, td, 60)
 
 
-def test_the_batched_task_is_restored():
-    env, other = (BatchedTargetReachingEnv(5, start="random", seed=seed) for seed in (1, 2))
+@pytest.mark.parametrize("layout", ["one", "paper"])
+def test_the_batched_task_is_restored(layout):
+    env, other = (BatchedTargetReachingEnv(5, layout, start="random", seed=seed) for seed in (1, 2))
     td = advance(env)
     SimulatorState(other).load_state_dict(through_a_file(SimulatorState(env).state_dict()))
     assert_same_future(env, other, td, 120)

@@ -18,8 +18,8 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
-from torchrl_pmoe.envs.target_reaching.batched_env import BatchedTargetReachingEnv
-from torchrl_pmoe.envs.target_reaching.gymnasium_env import TargetReachingEnv
+from torchrl_pmoe.envs import MultiGoalEnv, TargetReachingEnv
+from torchrl_pmoe.envs.points import BatchedPointEnv
 
 __all__ = ["EpisodeState", "SimulatorState", "generator_state", "load_generator_state"]
 
@@ -36,17 +36,22 @@ _NO_STATE = (
     "_previous_data",
 )
 # all that these tasks know of an episode is in their plain attributes and, for the first, in MuJoCo's data
-_KNOWN = ("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control.", TargetReachingEnv.__module__)
+_KNOWN = (
+    "gymnasium.envs.mujoco.",
+    "gymnasium.envs.classic_control.",
+    TargetReachingEnv.__module__,
+    MultiGoalEnv.__module__,
+)
 
 
 class SimulatorState:
     """The state of environments in this process, for checkpoints: simulator, wrappers and random generators.
 
-    Known are Gymnasium's MuJoCo and classic-control tasks, :class:`TargetReachingEnv` and
-    :class:`BatchedTargetReachingEnv`, alone or in a batch in this process; after :meth:`load_state_dict` a step gives
-    what it would have given, to the last bit. Gymnasium's wrappers around them may keep numbers, flags, texts, arrays,
-    running statistics, and lists of these; what a function closes over is not looked into. Of other environments of
-    Gymnasium the random generators are kept, and of environments elsewhere nothing.
+    Known are Gymnasium's MuJoCo and classic-control tasks and this library's tasks of a point agent, alone or in a
+    batch in this process; after :meth:`load_state_dict` a step gives what it would have given, to the last bit.
+    Gymnasium's wrappers around them may keep numbers, flags, texts, arrays, running statistics, and lists of these;
+    what a function closes over is not looked into. Of other environments of Gymnasium the random generators are kept,
+    and of environments elsewhere nothing.
 
     Args:
         env: made like the one whose state is loaded.
@@ -61,7 +66,7 @@ class SimulatorState:
     def complete(self) -> bool:
         """Whether an episode can go on."""
         return bool(parts := self._parts()) and all(
-            isinstance(part, BatchedTargetReachingEnv)
+            isinstance(part, BatchedPointEnv)
             or (
                 type(part.unwrapped).__module__.startswith(_KNOWN)
                 and all(_is_kept(layer) for layer in _layers(part) if isinstance(layer, gymnasium.Wrapper))
@@ -85,7 +90,7 @@ class SimulatorState:
         for part, state in zip(parts, states, strict=True):
             _load_state(part, state)
 
-    def _parts(self) -> list[gymnasium.Env | BatchedTargetReachingEnv]:
+    def _parts(self) -> list[gymnasium.Env | BatchedPointEnv]:
         if isinstance(self.env, GymWrapper) and isinstance(self.env._env, SyncVectorEnv):
             return list(self.env._env.envs)
         envs = [self.env]
@@ -93,13 +98,13 @@ class SimulatorState:
             if self.env.is_closed:
                 self.env.start()
             envs = list(self.env._envs)
-        found: list[gymnasium.Env | BatchedTargetReachingEnv] = []
+        found: list[gymnasium.Env | BatchedPointEnv] = []
         for env in envs:
             while isinstance(env, TransformedEnv):
                 env = env.base_env
             if isinstance(env, GymWrapper):
                 found.append(env._env)
-            elif isinstance(env, BatchedTargetReachingEnv):
+            elif isinstance(env, BatchedPointEnv):
                 found.append(env)
             else:
                 return []
@@ -173,9 +178,10 @@ def load_generator_state(env: gymnasium.Env, state: str) -> None:
         env.unwrapped._np_random = RandomNumberGenerator(bits)
 
 
-def _state(part: gymnasium.Env | BatchedTargetReachingEnv, *, whole: bool) -> dict[str, Any]:
-    if isinstance(part, BatchedTargetReachingEnv):
-        return {"position": part.position, "steps": part.steps, "generator": part._generator.get_state()}
+def _state(part: gymnasium.Env | BatchedPointEnv, *, whole: bool) -> dict[str, Any]:
+    if isinstance(part, BatchedPointEnv):
+        # under the name that it had before some tasks had a velocity too: earlier runs go on
+        return {"position": part.state, "steps": part.steps, "generator": part._generator.get_state()}
     state: dict[str, Any] = {"generator": generator_state(part)}
     if whole:
         state["layers"] = [_plain(layer) for layer in _layers(part)]
@@ -185,9 +191,9 @@ def _state(part: gymnasium.Env | BatchedTargetReachingEnv, *, whole: bool) -> di
     return state
 
 
-def _load_state(part: gymnasium.Env | BatchedTargetReachingEnv, state: dict[str, Any]) -> None:
-    if isinstance(part, BatchedTargetReachingEnv):
-        part.position = state["position"].to(part.device)
+def _load_state(part: gymnasium.Env | BatchedPointEnv, state: dict[str, Any]) -> None:
+    if isinstance(part, BatchedPointEnv):
+        part.state = state["position"].to(part.device)
         part.steps = state["steps"].to(part.device)
         part._generator.set_state(state["generator"].cpu())
         return

@@ -23,6 +23,8 @@ ROUTES = {
         (): [(-0.2, -0.8), (0.2, -0.8)],
     },
 }
+STEPPED = [*ROUTES, "deceptive"]
+"""The layouts in which an action is a displacement and obstacles stop an agent; each is its own mirror image."""
 EVERY_ROUTE = [(layout, word) for layout, words in ROUTES.items() for word in words]
 
 

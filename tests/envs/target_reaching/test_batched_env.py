@@ -7,15 +7,16 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
-from envs.target_reaching.reference import clearance, hostile_actions
+from envs.target_reaching.reference import STEPPED, clearance, hostile_actions
 from tensordict import TensorDict
 from torch._subclasses import FakeTensorMode
 from torchrl.collectors import Collector
 from torchrl.envs import check_env_specs
 
-from torchrl_pmoe.envs import BatchedTargetReachingEnv, TargetReachingEnv
-from torchrl_pmoe.envs.target_reaching.task import LAYOUTS, START_REGION
+from torchrl_pmoe.envs import BatchedTargetReachingEnv, TargetReachingEnv, TargetReachingTask
+from torchrl_pmoe.envs.target_reaching.task import BLOCKS, LAYOUTS, START_REGION
 
 STARTS = [(-0.8, -0.5), (-0.8, 0.5)]
 
@@ -39,11 +40,20 @@ def test_the_specs_hold(layout, start, device):
 
 
 # a reward knows nothing of the layout but whether there is a stop
-@pytest.mark.parametrize(("layout", "reward"), [*((layout, "dense") for layout in LAYOUTS), ("two", "sparse")])
-def test_it_agrees_with_the_gymnasium_environment_step_by_step(layout, reward):
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        *((layout, {"reward": "dense"}) for layout in STEPPED),
+        ("two", {"reward": "sparse"}),
+        ("deceptive", {}),
+        *((layout, {"blocked": "lower"}) for layout in STEPPED),
+    ],
+    ids=str,
+)
+def test_it_agrees_with_the_gymnasium_environment_step_by_step(layout, options):
     number, rng = 6, np.random.default_rng(0)
-    batched = BatchedTargetReachingEnv(number, layout, reward=reward, max_episode_steps=10_000)
-    single = [TargetReachingEnv(layout, reward=reward) for _ in range(number)]
+    batched = BatchedTargetReachingEnv(number, layout, max_episode_steps=10_000, **options)
+    single = [TargetReachingEnv(layout, **options) for _ in range(number)]
     np.testing.assert_allclose(batched.reset()["observation"], np.stack([env.reset()[0] for env in single]))
     keys = ("observation", "reward", "terminated", "is_success")
     found, expected, stops = [], [], 0
@@ -66,7 +76,40 @@ def test_it_agrees_with_the_gymnasium_environment_step_by_step(layout, reward):
     assert expected[:, -1].sum() > 10
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_authors_arena_agrees_with_the_gymnasium_environment_over_whole_episodes():
+    """Half go for the target, the others for any point, also beyond the walls."""
+    number, rng = 8, np.random.default_rng(0)
+    options = {"blocked": "upper_middle", "starts": [(-0.9013, -0.8987), (-0.2031, 0.2017), (0.3071, 0.0113)]}
+    batched = BatchedTargetReachingEnv(number, "paper", seed=0, **options)
+    single = [TargetReachingEnv("paper", **options) for _ in range(number)]
+    goals, ends = np.full((number, 2), 0.6), set()
+    td = batched.reset()
+    for env, start in zip(single, td["observation"][:, :2].double().numpy(), strict=True):
+        env.reset()
+        env.position = start
+    for _ in range(400):
+        at, velocity = np.split(np.stack([env.state for env in single]), 2, axis=1)
+        action = (5 * (goals - at) - velocity + rng.normal(0, 0.5, at.shape)).clip(-2, 2).astype(np.float32)
+        td = batched.step(td.set("action", torch.tensor(action)))["next"]
+        for row, env in enumerate(single):
+            observation, reward, terminated, _, info = env.step(action[row])
+            np.testing.assert_allclose(td["observation"][row], observation, atol=1e-5)
+            assert td["reward"][row].item() == pytest.approx(reward, abs=1e-5)
+            assert td["terminated"][row].item() == terminated
+            assert td["is_success"][row].item() == info["is_success"]
+            if terminated:
+                ends.add(reward)
+        done = td["done"].flatten().numpy()
+        if done.any():
+            goals[done] = np.where(rng.random((number, 1)) < 0.5, 0.6, rng.uniform(-1.5, 1.5, (number, 2)))[done]
+            td = batched.reset(td.exclude("reward").set("_reset", td["done"]))
+            for row in np.flatnonzero(done):
+                single[row].reset()
+                single[row].state = batched.state[row].double().numpy()
+    assert ends == {100.0, -10.0, -100.0}
+
+
+@pytest.mark.parametrize("layout", STEPPED)
 def test_no_agent_ever_enters_an_obstacle(layout):
     env = BatchedTargetReachingEnv(200, layout, start="random", max_episode_steps=10_000)
     env.reset()
@@ -104,6 +147,28 @@ def test_actions_beyond_their_bounds_are_clipped():
     env.reset()
     env.step(actions(env, (5.0, -3.0)))
     torch.testing.assert_close(env.position, torch.tensor([[-0.7, -0.1]]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_blocked_passage_is_closed_and_the_others_are_not(layout):
+    """Walks on a fine grid of free points, from the start to the target, see what is connected."""
+    ticks = np.linspace(-1, 1, 401)
+    grid = np.stack(np.meshgrid(ticks, ticks), -1)
+
+    def arrives(obstacles: np.ndarray) -> bool:
+        free = (np.hypot(*np.moveaxis(grid[:, :, None] - obstacles[:, :2], -1, 0)) > obstacles[:, 2]).all(-1)
+        labels, _ = scipy.ndimage.label(free)
+        start, target = (np.abs(ticks[:, None] - point).argmin(0) for point in (task.starts[0], task.target[:2]))
+        return labels[start[1], start[0]] == labels[target[1], target[0]]
+
+    every = []
+    for passage, discs in BLOCKS[layout].items():
+        task = TargetReachingTask(layout, blocked=passage)
+        assert arrives(task.obstacles)
+        np.testing.assert_array_equal(task.landmarks, TargetReachingTask(layout).obstacles)
+        every.extend(discs)
+    others = {"two": [(0.0, 0.0, 0.15)]}.get(layout, [])
+    assert not arrives(np.concatenate((task.landmarks, every, np.array(others).reshape(-1, 3))))
 
 
 # ---------------------------------------------------------------------- resets and seeds

@@ -8,14 +8,14 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from envs.target_reaching.reference import EVERY_ROUTE, ROUTES, clearance, hostile_actions, steer
+from envs.target_reaching.reference import EVERY_ROUTE, ROUTES, STEPPED, clearance, hostile_actions, steer
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from torchrl.envs import GymEnv, GymWrapper, check_env_specs
 
 from torchrl_pmoe.envs import TargetReachingEnv, TargetReachingTask
 from torchrl_pmoe.envs.target_reaching.gymnasium_env import ENV_ID, register
-from torchrl_pmoe.envs.target_reaching.task import LAYOUTS, MARGIN, START_REGION, travel
+from torchrl_pmoe.envs.target_reaching.task import BLOCKS, LAYOUTS, MARGIN, START_REGION, travel
 
 
 def started(**kwargs) -> TargetReachingEnv:
@@ -104,7 +104,7 @@ def test_the_plane_has_walls():
     np.testing.assert_array_equal(env.position, [-1.0, 1.0])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STEPPED)
 def test_mirrored_actions_make_the_mirrored_path(layout):
     above, below = started(layout=layout), started(layout=layout)
     mirror, stops = np.array([1, -1]), 0
@@ -123,8 +123,14 @@ def test_mirrored_actions_make_the_mirrored_path(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_its_own_mirror_image(layout):
+    def mirrored(rows):
+        return sorted((y, x, *rest) if layout == "paper" else (x, -y, *rest) for x, y, *rest in rows)
+
     for rows in LAYOUTS[layout].values():
-        assert sorted(rows) == sorted((x, -y, *rest) for x, y, *rest in rows)
+        assert sorted(rows) == mirrored(rows)
+    sides = {"upper": "lower", "upper_middle": "lower_middle"}
+    for upper, lower in sides.items():
+        assert sorted(BLOCKS[layout].get(lower, [])) == mirrored(BLOCKS[layout].get(upper, []))
 
 
 @pytest.mark.parametrize(("layout", "word"), EVERY_ROUTE)
@@ -141,6 +147,7 @@ def test_every_route_of_a_layout_can_be_driven(layout, word):
         assert not truncated
         total += reward
     assert info["is_success"]
+    assert info["outcome"] == ("above " + " ".join(map(str, word)) if word else "below all")
     assert -2 < total < 1
 
 
@@ -158,7 +165,7 @@ def test_the_dense_reward_is_the_sum_of_its_terms():
     assert reward == pytest.approx(-0.3 * 0.1 + 5.0)
     assert terminated
     assert not truncated
-    assert info == {"is_success": True, "collided": False}
+    assert info == {"is_success": True, "collided": False, "outcome": "below all"}
 
 
 def test_the_default_rewards():
@@ -170,6 +177,50 @@ def test_the_default_rewards():
     assert env.step(np.array([1.0, 0.0]))[1] == 0.0
     env.position = [0.65, 0.0]
     assert env.step(np.array([0.5, 0.0]))[1] == 1.0
+
+
+def test_in_the_authors_arena_a_push_counts_one_and_a_half_times_in_the_step_in_which_it_is_given():
+    env = started(layout="paper")
+    observation, reward, *_ = env.step(np.array([1.0, -0.5]))
+    # velocity 0.1, -0.05; moved by 0.1 * (0.1 + 0.05) in their units of 1 / 5
+    np.testing.assert_allclose(observation, [-0.897, -0.9015, 1.497, 1.5015, 0.1, -0.05], rtol=1e-6)
+    assert reward == pytest.approx(0.1 * np.hypot(0.1, 0.05))
+    for _ in range(20):
+        observation, reward, *_ = env.step(np.array([5.0, 0.0]))
+    np.testing.assert_allclose(observation[4:], [1.0, -0.05], rtol=1e-6)
+    np.testing.assert_allclose(env.step(np.array([1.0, 0.0]))[0][:2] - observation[:2], [0.02, -0.001], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("position", "velocity", "expected", "info"),
+    [
+        ([0.49, 0.6], [1.0, 0.0], 100.0, {"is_success": True, "collided": False, "outcome": "below all"}),
+        ([-0.63, -0.5], [1.0, 0.0], -100.0, {"is_success": False, "collided": True, "outcome": None}),
+        ([-0.985, 0.5], [-1.0, 0.0], -10.0, {"is_success": False, "collided": True, "outcome": None}),
+        ([-0.985, 0.5], [0.0, 0.6], 0.06, {"is_success": False, "collided": False}),
+    ],
+    ids=["target", "obstacle", "wall", "free"],
+)
+def test_rewards_and_ends_of_the_authors_arena(position, velocity, expected, info):
+    env = started(layout="paper")
+    env.state = [*position, *velocity]
+    _, reward, terminated, _, found = env.step(np.zeros(2))
+    assert reward == pytest.approx(expected)
+    assert terminated == ("outcome" in info)
+    assert found == info
+
+
+def test_the_bait_ends_an_episode_with_its_own_reward_and_without_success():
+    env = started(layout="deceptive", bait_reward=0.3)
+    rewards, terminated = [], False
+    while not terminated:
+        _, reward, terminated, _, info = env.step(np.array([-1.0, 0.0]))
+        rewards.append(reward)
+    assert rewards == [0.0, 0.3]
+    assert info == {"is_success": False, "collided": False, "outcome": "bait"}
+    env.position = [0.45, 0.25]
+    _, reward, terminated, _, info = env.step(np.array([0.5, -1.0]))
+    assert (reward, terminated, info["is_success"]) == (1.0, True, True)
 
 
 def test_only_the_end_of_a_step_counts_as_reaching():
@@ -260,8 +311,11 @@ def test_the_position_may_be_set_to_free_points_only():
 
 
 MISTAKES = {
-    "layout": ({"layout": "four"}, "layout='four' is unknown; allowed: one, two, three"),
+    "layout": ({"layout": "four"}, "layout='four' is unknown; allowed: one, two, three, paper, deceptive"),
     "layout type": ({"layout": [1]}, "is unknown; allowed: one, two, three"),
+    "passage": ({"blocked": "upper_middle"}, "blocked='upper_middle' is unknown; allowed: upper, lower"),
+    "reward of another layout": ({"reward": "paper"}, "reward='paper' is unknown; allowed: dense, sparse"),
+    "bait": ({"layout": "deceptive", "bait_reward": None}, "bait_reward must be a finite number, got None"),
     "start": ({"start": "anywhere"}, "start='anywhere' is unknown; allowed: fixed, random"),
     "reward": ({"reward": "shaped"}, "reward='shaped' is unknown; allowed: dense, sparse"),
     "no step": ({"max_step": 0.0}, r"max_step must be in \(0, 2\], got 0.0"),
@@ -314,7 +368,8 @@ def test_steps_need_a_reset_and_a_proper_action():
 def test_gymnasium_finds_nothing_to_warn_about(layout, start):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(gymnasium.make(ENV_ID, layout=layout, start=start, render_mode="rgb_array").unwrapped)
+        env = gymnasium.make(ENV_ID, layout=layout, start=start, render_mode="rgb_array", max_episode_steps=200)
+        check_env(env.unwrapped)
 
 
 def test_registering_twice_is_silent():
@@ -338,7 +393,7 @@ def pixel(picture: np.ndarray, x: float, y: float) -> tuple[int, ...]:
     return tuple(picture[int((1 - y) * 200), int((x + 1) * 200)].tolist())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ROUTES)
 def test_the_picture_shows_the_task_and_the_trail(layout):
     env = started(layout=layout, render_mode="rgb_array")
     before = env.render()
