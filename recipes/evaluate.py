@@ -8,7 +8,8 @@ with ``--agent``. The last checkpoint is loaded. The seed of an episode decides 
 the sixth of ``--seed 0``. The first is by default 4,000,000 above the agent's own seed, where training and the run's
 evaluations have none. What is written replaces what an earlier evaluation left in the same place:
 
-- ``episodes.csv``: seed, return and length of every episode, and success where the environment reports it;
+- ``episodes.csv``: seed, return and length of every episode, and where the environment reports them success and
+  ``outcome``, a text or an integer in its last ``info`` that tells ends or ways apart;
 - ``experts.csv``, ``experts.png``: step by step along the first episode, the router's probabilities, the expert that
   acts and the reward; of ``gating`` and ``mcp``, which blend, the weights of the blend (of ``mcp``, each gate over the
   sum of all);
@@ -32,6 +33,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -49,6 +51,7 @@ from torchrl.checkpoint import CheckpointError
 
 from torchrl_pmoe.baselines import GatingActor, GaussianActor, MCPActor, OptionActor
 from torchrl_pmoe.envs import EnvironmentFault
+from torchrl_pmoe.envs.target_reaching.routes import effective_routes, routes
 from torchrl_pmoe.runs import Episode, EpisodePlayer, LoadedPolicy, RunDirectory, load_policy, summarize_returns
 from torchrl_pmoe.runs.acting import KINDS
 from torchrl_pmoe.trainers import NonFiniteError
@@ -153,6 +156,13 @@ def summary(returns: Sequence[float]) -> str:
         f"return {found['return_mean']:,.2f} ± {found['return_std']:,.2f} (mean ± std), "
         f"interquartile mean {middle.value:,.2f} [{middle.low:,.2f}, {middle.high:,.2f}] (95 %)"
     )
+
+
+def describe_outcomes(outcomes: Sequence[str | int]) -> str:
+    """How often each one came, and how many they are worth, in one line."""
+    shares = ", ".join(f"{outcome} {share:.0%}" for outcome, share in routes(outcomes, min_share=0.0).items())
+    number = effective_routes(outcomes, min_share=0.0)
+    return f"outcomes of {len(outcomes)} episodes: {shares}; exp of their entropy {number:.2f}"
 
 
 def name_of(loaded: LoadedPolicy) -> str:
@@ -272,18 +282,21 @@ def evaluate(
             if not index:
                 first = episode
             success = "" if episode.success is None else int(episode.success)
-            rows.append((episode.seed, float(episode.rewards.sum()), len(episode.rewards), success))
+            outcome = "" if episode.outcome is None else episode.outcome
+            rows.append((episode.seed, float(episode.rewards.sum()), len(episode.rewards), success, outcome))
             bar.update()
-    header: Sequence[str] = ("seed", "return", "length", "success")
-    successes = [row[3] for row in rows if row[3] != ""]
-    if not successes:
-        header, rows = header[:3], [row[:3] for row in rows]
+    header = ("seed", "return", "length", "success", "outcome")
+    successes, outcomes = ([row[column] for row in rows if row[column] != ""] for column in (3, 4))
+    told = [True, True, True, bool(successes), bool(outcomes)]
+    header, *rows = (tuple(compress(row, told)) for row in (header, *rows))
     print(" ".join(f"{name:>12}" for name in header))
     for which, total, *others in rows:
         print(" ".join([f"{which:>12}", f"{total:>12,.2f}", *(f"{value:>12}" for value in others)]))
     print(summary([row[1] for row in rows]))
     if successes:
         print(f"success in {successes.count(1)} of {len(successes)} episodes")
+    if outcomes:
+        print(describe_outcomes(outcomes))
     print(describe_experts(policy, first))
     output.mkdir(parents=True, exist_ok=True)
     for name in FILES:

@@ -25,6 +25,7 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_pmoe import MeanOfDrawnExpertActor
+from torchrl_pmoe.envs import MultiGoalEnv, MultiGoalTask
 from torchrl_pmoe.runs import Episode, EpisodePlayer
 
 import evaluate  # isort: skip
@@ -234,6 +235,26 @@ def test_an_episode_is_cut_where_asked_and_success_is_told_where_it_is_known(tra
     assert [row["length"] for row in rows] == ["7", "7"]
     assert [row["success"] for row in rows] == ["0", "0"]
     assert "success in 0 of 2 episodes" in capsys.readouterr().out
+
+
+def test_outcomes_that_the_environment_names_are_told_and_counted(trained, capsys, monkeypatch):
+    run, _ = trained(sac_pmoe, "env=PMOE/MultiGoal-v0", "policy=gating")
+    # nobody moves: an episode ends where it begins
+    monkeypatch.setattr(MultiGoalTask, "step", lambda task, state, action: (state, 0.0, False))
+    ways = {SEED: (4.3, 0.0), SEED + 1: (0.0, -4.3), SEED + 2: (4.3, 0.0), SEED + 3: (0.0, 0.0)}
+    monkeypatch.setattr(
+        MultiGoalEnv, "_draw_start", lambda env, options: np.array(ways.get(env.np_random_seed, (0.0, 0.0)))
+    )
+    rows = table(evaluated(run, "--episodes", "4", "--max-steps", "1") / "episodes.csv")
+    assert [(row["success"], row["outcome"]) for row in rows] == [
+        ("1", "east"),
+        ("1", "south"),
+        ("1", "east"),
+        ("0", ""),
+    ]
+    entropy = -(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))
+    line = f"outcomes of 3 episodes: east 67%, south 33%; exp of their entropy {np.exp(entropy):.2f}"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_mean_spread_and_interquartile_mean_are_those_of_the_table(trained, capsys):

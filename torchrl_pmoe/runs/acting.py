@@ -215,6 +215,8 @@ class Episode:
         success: as the environment reports it at the end, ``None`` where it does not.
         experts: who acted, ``[T]``; ``None`` for a policy that draws no expert.
         weights: of all experts, ``[T, K]``: the router's probabilities, or the weights of a blend; ``None`` without.
+        outcome: which of several ends it came to, or by which way: the text or integer ``outcome`` of the last
+            ``info``; ``None`` without.
     """
 
     seed: int
@@ -223,6 +225,7 @@ class Episode:
     success: bool | None
     experts: np.ndarray | None
     weights: np.ndarray | None
+    outcome: str | int | None = None
 
 
 class _RecordedEnv(gym.Wrapper):
@@ -234,9 +237,10 @@ class _RecordedEnv(gym.Wrapper):
         self.rewards: list[float] = []
         self.actions: list[np.ndarray] = []
         self.success: bool | None = None
+        self.outcome: str | int | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        self.rewards, self.actions, self.success = [], [], None
+        self.rewards, self.actions, self.success, self.outcome = [], [], None, None
         return self.env.reset(seed=self.seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -245,6 +249,9 @@ class _RecordedEnv(gym.Wrapper):
         self.actions.append(action)
         success = info.get("is_success", info.get("success"))
         self.success = None if success is None else bool(success)
+        outcome = info.get("outcome")
+        if isinstance(outcome, str | int | np.integer):
+            self.outcome = outcome if isinstance(outcome, str) else int(outcome)
         return observation, reward, terminated, truncated, info
 
 
@@ -284,7 +291,9 @@ class EpisodePlayer:
         np.random.seed(seed)  # noqa: NPY002
         self.evaluator()
         experts, weights = self.watched.pop()
-        return Episode(seed, np.array(self.env.rewards), np.stack(self.env.actions), self.env.success, experts, weights)
+        env = self.env
+        rewards, actions = np.array(env.rewards), np.stack(env.actions)
+        return Episode(seed, rewards, actions, env.success, experts, weights, env.outcome)
 
     def close(self) -> None:
         """Close the environment."""

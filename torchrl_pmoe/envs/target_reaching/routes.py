@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 __all__ = ["effective_routes", "erase_loops", "h_signature", "routes"]
+
+Route = TypeVar("Route", bound=Hashable)
 
 _TOLERANCE = 1e-10
 
@@ -145,7 +148,7 @@ def h_signature(path: np.ndarray, obstacles: np.ndarray) -> tuple[int, ...]:
     return tuple(word)
 
 
-def routes(signatures: Sequence[tuple[int, ...]], min_share: float = 0.05) -> dict[tuple[int, ...], float]:
+def routes(signatures: Sequence[Route], min_share: float = 0.05) -> dict[Route, float]:
     """Routes that at least ``min_share`` of the episodes took, with their share of all episodes, the largest first."""
     counts = Counter(signatures)
     shares = {signature: count / len(signatures) for signature, count in counts.most_common()}
@@ -153,7 +156,7 @@ def routes(signatures: Sequence[tuple[int, ...]], min_share: float = 0.05) -> di
 
 
 def effective_routes(
-    signatures: Sequence[tuple[int, ...]], starts: Sequence[Hashable] | None = None, *, min_share: float = 0.05
+    signatures: Sequence[Hashable], starts: Sequence[Hashable] | None = None, *, min_share: float = 0.05
 ) -> float:
     """Number of routes in use: ``exp`` of the entropy of the shares of :func:`routes`, renormalised.
 
@@ -161,7 +164,8 @@ def effective_routes(
     as its episodes: two starts with one route each give 1, not 2.
 
     Args:
-        signatures: one per episode. Give those of successful episodes to count routes that lead to the target.
+        signatures: one per episode, or any other name of what it did. Give those of successful episodes to count
+            routes that lead to the target.
         starts: one label per episode.
         min_share: smallest share of a start's episodes that a route must have to count. A start without such a route
             is left out.
