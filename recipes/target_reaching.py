@@ -14,12 +14,14 @@ if __name__ == "__main__":
 
     process.begin()
 
+import copy
 from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile
 
 import hydra
 import numpy as np
+import pandas as pd
 import sac_pmoe
 from config.sac_pmoe import SACConfig, refuse_target_entropy
 from config.target_reaching import MAY_CHANGE, TargetReachingConfig, resolve
@@ -38,9 +40,10 @@ from parts.launch import (
     read,
 )
 from parts.resume import from_here, how_to_resume, open_run, read_config
-from parts.route_episodes import record_episodes
+from parts.route_episodes import record_episodes, success_rates
 from parts.training import prepare_torch
 from parts.workers import run_in_workers
+from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
 from torchrl_pmoe.envs import BatchedTargetReachingEnv
@@ -58,8 +61,15 @@ def make_task(cfg: SACConfig, num_envs: int, **env_kwargs: str) -> BatchedTarget
 # ------------------------------------------------------------------------------------------- trainings
 
 
-def train(cfg: SACConfig, run_dir: Path, episodes: int, exploration_frames: int) -> None:
-    """One training, and the record of its episodes and of the places it explored."""
+def train(
+    cfg: SACConfig,
+    run_dir: Path,
+    episodes: int,
+    exploration_frames: int,
+    blocked: str | None = None,
+    blocked_frames: int = 0,
+) -> None:
+    """One training, the record of its episodes and of the places it explored, and what follows if a passage closes."""
     prepare_torch(cfg.optim.num_threads)
     with owned(run_dir, from_here(run_dir), "a run that no other process uses"), own_scratch(cfg, run_dir):
         create_env = partial(BatchedTargetReachingEnv, seed=cfg.seed, **cfg.env_kwargs)
@@ -71,9 +81,44 @@ def train(cfg: SACConfig, run_dir: Path, episodes: int, exploration_frames: int)
         part = run_dir / "episodes.part.npz"
         np.savez_compressed(part, visited=visited, **recorded)
         part.replace(run_dir / "episodes.npz")
+        if blocked is not None:
+            close_passage(cfg, run_dir, trained.actor, episodes, blocked, blocked_frames)
 
 
-def finished(cfg: SACConfig, run_dir: Path, episodes: int, exploration_frames: int) -> bool:
+def after_closing(run_dir: Path, blocked: str, frames: int) -> Path:
+    """The directory of the training that goes on from a run when a passage is closed."""
+    return run_dir / f"{blocked}_closed_{frames}"
+
+
+def close_passage(
+    cfg: SACConfig, run_dir: Path, actor: ProbabilisticActor, episodes: int, blocked: str, frames: int
+) -> None:
+    """Try a trained policy before and after a passage is closed, train it for some frames more, and try it again."""
+    directory, seed = after_closing(run_dir, blocked, frames), cfg.seed + 3_000_000
+    found, env = {}, make_task(cfg, episodes, start="fixed", blocked=blocked)
+    found["before"] = success_rates(actor, make_task(cfg, episodes, start="fixed"), seed)
+    found["closed"] = success_rates(actor, env, seed)
+    run = copy.deepcopy(cfg)
+    run.env_kwargs["blocked"] = blocked
+    run.total_frames += frames
+    run.replay_buffer.scratch_dir = None
+    begun = RunDirectory(directory).checkpoints()
+    run.resume = str(open_run(directory if begun else run_dir)[1])
+    create_env = partial(BatchedTargetReachingEnv, seed=cfg.seed, **run.env_kwargs)
+    trained = sac_pmoe.train(run, directory, create_env, only_if_unfinished=True)
+    found["trained on"] = success_rates(trained.actor, env, seed)
+    rows = [{"when": when, "kind": kind, "success": rate} for when, of in found.items() for kind, rate in of.items()]
+    pd.DataFrame(rows).to_csv(directory / "success.csv", index=False)
+
+
+def finished(
+    cfg: SACConfig,
+    run_dir: Path,
+    episodes: int,
+    exploration_frames: int,
+    blocked: str | None = None,
+    blocked_frames: int = 0,
+) -> bool:
     """Whether a run is done.
 
     Raises:
@@ -96,7 +141,7 @@ def finished(cfg: SACConfig, run_dir: Path, episodes: int, exploration_frames: i
     for key, now in (("episodes", episodes), ("exploration_frames", exploration_frames)):
         if had[key] != now:
             raise UsageError(f"{key}={now}: must be {had[key]} in {run_dir.parent}, where {run_dir.name} had that")
-    return True
+    return blocked is None or (after_closing(run_dir, blocked, blocked_frames) / "success.csv").is_file()
 
 
 def refuse_changes(before: SACConfig, cfg: SACConfig, run_dir: Path) -> None:
@@ -115,7 +160,7 @@ def unfinished(cfg: TargetReachingConfig, configs: dict[str, SACConfig], directo
     """
     todo = {}
     for name, run in configs.items():
-        if finished(run, directory / name, cfg.episodes, cfg.exploration_frames):
+        if finished(run, directory / name, *cfg.recorded):
             continue
         run.logger.progress_bar = cfg.logger.progress_bar and cfg.num_workers == 1
         run.resume = None
@@ -131,7 +176,7 @@ def train_all(cfg: TargetReachingConfig, configs: dict[str, SACConfig], director
     """Train what is not finished, ``num_workers`` at a time."""
     todo = unfinished(cfg, configs, directory)
     keep_config(cfg, directory)
-    jobs = [(run, directory / name, cfg.episodes, cfg.exploration_frames) for name, run in todo.items()]
+    jobs = [(run, directory / name, *cfg.recorded) for name, run in todo.items()]
     before = len(configs) - len(todo)
     if cfg.num_workers == 1:
         for place, job in enumerate(jobs, before + 1):
@@ -182,6 +227,9 @@ def experiment(cfg: TargetReachingConfig, directory: Path) -> None:
         interrupted.advice = how_to_resume(directory)
         raise
     print(routes_report.report(directory, list(configs), task.task, cfg.exploration_frames))
+    if cfg.blocked is not None:
+        files = {name: after_closing(directory / name, cfg.blocked, cfg.blocked_frames) for name in configs}
+        print(routes_report.report_closing(directory, files))
     RunDirectory(directory).finish(cfg.total_frames)
 
 

@@ -25,6 +25,7 @@ from config.typed import (
     set_,
     to_dict,
 )
+from torchrl_pmoe.envs.target_reaching.task import BLOCKS, PAPER_EPISODE_STEPS
 
 POLICIES: dict[str, dict[str, Any]] = {
     "gaussian": {"policy": "gaussian"},
@@ -39,7 +40,15 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 """The policies by name: what each sets in a config of ``sac_pmoe.py``."""
 SET_BY_POLICIES = ("preset", "scoring", "routing", "backprop", "score", "acting")
-MAY_CHANGE = ("num_workers", "logger.progress_bar", "checkpoint.", "compile.", "optim.num_threads", *RAY_MAY_CHANGE)
+MAY_CHANGE = (
+    "num_workers",
+    "blocked",
+    "logger.progress_bar",
+    "checkpoint.",
+    "compile.",
+    "optim.num_threads",
+    *RAY_MAY_CHANGE,
+)
 """The beginnings of the keys that may change when an experiment goes on."""
 
 
@@ -56,8 +65,9 @@ class TargetReachingConfig(sac_pmoe.SACConfig):
     recipe: Literal["target_reaching"] = field("target_reaching", "tells what a run is a run of")  # type: ignore[assignment]
     env: Literal["PMOE/TargetReaching-v0"] = field("PMOE/TargetReaching-v0")
     env_kwargs: Kwargs = field(
-        {"layout": "one", "start": "fixed", "reward": "dense"},
-        "layout: one | two | three discs on the way; start: fixed | random; reward: dense | sparse",
+        {"layout": "one", "start": "fixed", "reward": None},
+        "layout: one | two | three discs on the way | paper | deceptive; start: fixed | random; "
+        "reward: dense | sparse | null, the layout's own",
     )
     total_frames: Frames = field(20_000, "of each training")
     policies: Annotated[
@@ -75,6 +85,10 @@ class TargetReachingConfig(sac_pmoe.SACConfig):
     num_experts: Experts | None = field(4)
     episodes: Annotated[Integer, Field(ge=10)] = field(100, "of each kind, after training")
     exploration_frames: Frames = field(10_000, "the first ones, whose places are counted")
+    blocked: Text | None = field(
+        None, "upper | lower | ...: after training this passage is closed, and the policy is tried and trained on"
+    )
+    blocked_frames: Frames = field(2000, "of that further training")
     network: sac_pmoe.Network = group(sac_pmoe.Network, hidden_sizes=[64, 64])
     # where the target entropy is low (auto: -2) nobody keeps a second route
     optim: sac_pmoe.Optim = group(
@@ -83,6 +97,11 @@ class TargetReachingConfig(sac_pmoe.SACConfig):
     collector: sac_pmoe.Collector = group(sac_pmoe.Collector, num_envs=8)
     logger: shared.ExpertLogger = group(shared.ExpertLogger, eval_interval=1000)
     checkpoint: sac_pmoe.Checkpoint = group(sac_pmoe.Checkpoint, interval=5000)
+
+    @property
+    def recorded(self) -> tuple[int, int, str | None, int]:
+        """What is recorded of a training: arguments of ``train`` of the recipe."""
+        return self.episodes, self.exploration_frames, self.blocked, self.blocked_frames
 
 
 ABOUT = "Who uses the routes: several policies on the target-reaching task, several seeds each."
@@ -103,6 +122,10 @@ def resolve(config: TargetReachingConfig) -> dict[str, sac_pmoe.SACConfig]:
     Raises:
         UsageError: in one line, for the first key that cannot stay.
     """
+    if config.env_kwargs.get("layout") == "paper":
+        # the id is registered with the steps of the other layouts
+        config.env_kwargs.setdefault("max_episode_steps", PAPER_EPISODE_STEPS)
+    passages = BLOCKS.get(str(config.env_kwargs.get("layout", "one")), {})
     if config.policy != "pmoe":
         raise UsageError(f"policy={config.policy}: must be named in policies")
     refuse(
@@ -129,6 +152,14 @@ def resolve(config: TargetReachingConfig) -> dict[str, sac_pmoe.SACConfig]:
             "replay_buffer.size": (
                 config.replay_buffer.size < config.total_frames + config.collector.num_envs,
                 f"above total_frames={config.total_frames}: the first frames are read from it at the end",
+            ),
+            "blocked": (
+                config.blocked not in (None, *passages),
+                f"null or one of {', '.join(passages)} with layout={config.env_kwargs.get('layout')}",
+            ),
+            "checkpoint.replay_buffer": (
+                config.blocked is not None and not config.checkpoint.replay_buffer,
+                "true with blocked, the further training goes on from a checkpoint",
             ),
             "blend": (
                 config.blend != "parameters" and "gating" not in config.policies,

@@ -12,7 +12,7 @@ from torchrl.modules import ProbabilisticActor
 from torchrl_pmoe import PMOEActor
 from torchrl_pmoe.envs import BatchedTargetReachingEnv
 from torchrl_pmoe.runs import acting
-from torchrl_pmoe.runs.acting import Act, Acted
+from torchrl_pmoe.runs.acting import Act, Acted, Kind
 from torchrl_pmoe.runs.evaluation import isolated_rng
 
 ENTROPY_STEPS = 15
@@ -60,7 +60,7 @@ def roll(env: BatchedTargetReachingEnv, actor: ProbabilisticActor, act: Act, see
             paths.append(torch.where(running.unsqueeze(-1), env.position, torch.nan))
             experts.append(torch.where(running, expert.to(env.device), -1))
             log_probs.append(torch.where(running, log_prob, torch.nan))
-            success |= running & td["terminated"].squeeze(-1)
+            success |= running & td["is_success"].squeeze(-1)
             running = running & ~td["done"].squeeze(-1)
     path = torch.stack(paths, 1).cpu().numpy()
     _, start = np.unique(path[:, 0], axis=0, return_inverse=True)
@@ -71,6 +71,16 @@ def roll(env: BatchedTargetReachingEnv, actor: ProbabilisticActor, act: Act, see
         "start": start.reshape(-1),
         "log_prob": torch.stack(log_probs, 1).cpu().numpy(),
     }
+
+
+def kinds_of(actor: ProbabilisticActor) -> tuple[Kind, ...]:
+    """The ways of acting that are recorded."""
+    return ("stochastic", "deterministic", *(("drawn",) if isinstance(actor, PMOEActor) else ()))
+
+
+def success_rates(actor: ProbabilisticActor, env: BatchedTargetReachingEnv, seed: int) -> dict[Kind, float]:
+    """The share of the agents of ``env`` that arrive, by the way of acting."""
+    return {kind: float(roll(env, actor, acting(actor, kind), seed)["success"].mean()) for kind in kinds_of(actor)}
 
 
 def record_episodes(
@@ -85,8 +95,7 @@ def record_episodes(
         seed: of the episodes.
     """
     recorded: dict[str, Any] = {}
-    mixture = isinstance(actor, PMOEActor)
-    for kind in ("stochastic", "deterministic", *(("drawn",) if mixture else ())):
+    for kind in kinds_of(actor):
         found = roll(env, actor, acting(actor, kind), seed)
         recorded.update({f"{kind}_{key}": value for key, value in found.items()})
     recorded["entropy"] = -np.nanmean(recorded["stochastic_log_prob"][:, :ENTROPY_STEPS])

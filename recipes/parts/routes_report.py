@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from parts.figures import mpl, subplots
 from parts.intervals import Estimate, interquartile_mean, probability_of_improvement
 from torchrl_pmoe.envs import TargetReachingTask
-from torchrl_pmoe.envs.target_reaching.routes import effective_routes, erase_loops, h_signature, routes
+from torchrl_pmoe.envs.target_reaching.routes import effective_routes, routes
 
 KINDS = ("stochastic", "deterministic", "drawn")
 CELLS = 20  # the plane is divided into this many squares a side
@@ -71,16 +71,11 @@ def read_records(directory: Path, names: Sequence[str]) -> Records:
 # --------------------------------------------------------------------------------------------- figures of merit
 
 
-def signature(path: Array, task: TargetReachingTask) -> tuple[int, ...]:
-    """The route of an episode that reached the target, ``path`` ``[T, 2]`` with nan after the end."""
-    steps = path[~np.isnan(path[:, 0])].astype(np.float64)
-    return h_signature(erase_loops(np.vstack((steps, task.target[:2]))), task.obstacles)
-
-
 def route_row(record: dict[str, Array], kind: str, task: TargetReachingTask) -> dict[str, float]:
     """Success rate, number of routes, and exp of their entropy given the start, over the episodes of one kind."""
     success = record[f"{kind}_success"]
-    found = [signature(path, task) for path in record[f"{kind}_path"][success]]
+    # nan after the end
+    found = [task.route(path[~np.isnan(path[:, 0])]) for path in record[f"{kind}_path"][success]]
     starts = record[f"{kind}_start"][success].tolist()
     return {
         "success": float(success.mean()),
@@ -129,36 +124,61 @@ def table(data: pd.DataFrame) -> str:
     def values(policy: str, kind: str, column: str) -> Array:
         return data.loc[(data["policy"] == policy) & (data["kind"] == kind), column].to_numpy()
 
-    def show(estimate: Estimate) -> str:
-        return f"{estimate.value:.2f}" if np.isnan(estimate.low) else str(estimate)
-
     names = [f"{column.replace('_', ' ')}, {kind}" for kind, column in columns[:5]]
     header = ["policy", *names, "entropy (nats)", "cells explored", "last return"]
     better = [f"P(more routes than {first})", f"P(higher return than {first})"]
     lines = [" | ".join(["", *header, *better, ""]).strip(), "|" + "---|" * (len(header) + 2)]
     for policy in data["policy"].unique():
         cells = [
-            show(interquartile_mean(values(policy, *column))) if len(values(policy, *column)) else "-"
+            _shown(interquartile_mean(values(policy, *column))) if len(values(policy, *column)) else "-"
             for column in columns
         ]
         for column in ("effective_routes", "last_return"):
             pair = (values(policy, "stochastic", column), values(first, "stochastic", column))
-            cells.append("-" if policy == first else show(probability_of_improvement(*pair)))
+            cells.append("-" if policy == first else _shown(probability_of_improvement(*pair)))
         lines.append(" | ".join(["", policy, *cells, ""]).strip())
     return "\n".join(lines)
+
+
+def report_closing(directory: Path, runs: Mapping[str, Path]) -> str:
+    """Write ``closing.csv`` into ``directory``; markdown with the interquartile means over seeds.
+
+    Args:
+        directory: of the experiment.
+        runs: by the name of a run, the directory with its ``success.csv``.
+    """
+    parts = []
+    for name, run in runs.items():
+        policy, seed = name.rsplit("-seed", 1)
+        parts.append(pd.read_csv(run / "success.csv").assign(policy=policy, seed=int(seed)))
+    data = pd.concat(parts)[["policy", "seed", "when", "kind", "success"]]
+    data.to_csv(directory / "closing.csv", index=False, float_format="%.4f")
+    moments = list(data["when"].unique())
+    lines = [f"| success | kind | {' | '.join(moments)} |", "|" + "---|" * (len(moments) + 2)]
+    for (policy, kind), some in data.groupby(["policy", "kind"], sort=False):
+        means = [interquartile_mean(some.loc[some["when"] == when, "success"].to_numpy()) for when in moments]
+        lines.append(" | ".join(["", policy, kind, *map(_shown, means), ""]).strip())
+    return "\n".join(lines)
+
+
+def _shown(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f}" if np.isnan(estimate.low) else str(estimate)
 
 
 # --------------------------------------------------------------------------------------------- pictures
 
 
 def _plane(ax: Axes, task: TargetReachingTask) -> None:
-    """The same axes everywhere: obstacles, target, starts."""
+    """The same axes everywhere: obstacles, target, bait, starts."""
     from matplotlib.patches import Circle
 
     for x, y, radius in np.asarray(task.obstacles):
         ax.add_patch(Circle((x, y), radius, color="#555555", zorder=1))
     x, y, radius = np.asarray(task.target)
     ax.add_patch(Circle((x, y), radius, facecolor="#BBBBBB", edgecolor="black", hatch="//", zorder=1))
+    if task.bait is not None:
+        x, y, radius = np.asarray(task.bait)
+        ax.add_patch(Circle((x, y), radius, facecolor="none", edgecolor="black", hatch="..", zorder=1))
     ax.plot(*np.asarray(task.starts).T, "k*", markersize=12, zorder=4)
     ax.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
     ax.spines[["top", "right"]].set_visible(True)

@@ -16,6 +16,8 @@ import torch
 from recipe_runs import RECIPES, UsageError, assert_one_line
 
 from torchrl_pmoe.envs import BatchedTargetReachingEnv
+from torchrl_pmoe.envs.making import make_gym_env
+from torchrl_pmoe.runs import RunDirectory
 from torchrl_pmoe.runs.acting import Acted
 
 sys.path.insert(0, str(RECIPES / "benchmarks"))
@@ -24,6 +26,7 @@ import matched_routes  # isort: skip
 import target_reaching  # isort: skip
 from config.sac_pmoe import DEFAULTS, PAPER, SACConfig, refuse_target_entropy  # isort: skip
 from parts import route_episodes, routes_report  # isort: skip
+from parts.resume import open_run  # isort: skip
 
 start = partial(recipe_runs.start, "target_reaching")
 
@@ -166,6 +169,72 @@ def test_routes_start_where_the_task_says_even_if_training_starts_anywhere(tmp_p
     assert cfg.env_kwargs["start"] == "random"
 
 
+def test_when_a_passage_closes_the_policy_is_tried_and_trained_on(tmp_path):
+    short = ["total_frames=160", "exploration_frames=80", "collector.init_random_frames=40", "optim.batch_size=8"]
+    asked = ["logger.eval_interval=80", "logger.eval_episodes=1", "network.hidden_sizes=[8]", "device=cpu"]
+    cfg = recipe_runs.composed(
+        target_reaching, "policies=[pmoe]", "episodes=12", "blocked=lower", "blocked_frames=80", *short, *asked,
+        "checkpoint.interval=80", "replay_buffer.size=500", "logger.progress_bar=false", "num_experts=2",
+    )  # fmt: skip
+    resolved = target_reaching.resolve(cfg)
+    ((name, run),) = resolved.items()
+    target_reaching.train_all(cfg, resolved, tmp_path)
+    directory = tmp_path / name / "lower_closed_80"
+    rows = pd.read_csv(directory / "success.csv")
+    assert rows["when"].unique().tolist() == ["before", "closed", "trained on"]
+    with np.load(tmp_path / name / "episodes.npz") as record:
+        for kind in ("stochastic", "deterministic", "drawn"):
+            (before,) = rows.loc[(rows["when"] == "before") & (rows["kind"] == kind), "success"]
+            assert before == record[f"{kind}_success"].mean()
+    # the training itself stays as it was; its successor has its frames, and 80 in the task with the passage closed
+    assert RunDirectory(tmp_path / name).checkpoints()[0].name == "checkpoint-000000000160"
+    config, checkpoint = open_run(directory)
+    assert checkpoint.name == "checkpoint-000000000240"
+    assert config["env_kwargs"]["blocked"] == "lower"
+    assert "blocked" not in run.env_kwargs
+    assert pd.read_csv(directory / "metrics.csv")["frames"].tolist() == [240]
+    assert target_reaching.unfinished(cfg, resolved, tmp_path) == {}
+    (directory / "success.csv").unlink()
+    assert list(target_reaching.unfinished(cfg, resolved, tmp_path)) == [name]
+
+
+def test_the_table_of_a_closing_has_the_means_over_seeds(tmp_path):
+    for seed, rates in enumerate([(1.0, 0.0, 0.5), (1.0, 0.5, 1.0)]):
+        (tmp_path / str(seed)).mkdir()
+        rows = {"when": ["before", "closed", "trained on"], "kind": "stochastic", "success": rates}
+        pd.DataFrame(rows).to_csv(tmp_path / str(seed) / "success.csv", index=False)
+    text = routes_report.report_closing(tmp_path, {f"pmoe-seed{seed}": tmp_path / str(seed) for seed in (0, 1)})
+    header, _, row = text.splitlines()
+    assert header == "| success | kind | before | closed | trained on |"
+    cells = [cell.split("[")[0].strip() for cell in row.split("|")[1:-1]]
+    assert cells == ["pmoe", "stochastic", "1.00", "0.25", "0.75"]
+    assert len(pd.read_csv(tmp_path / "closing.csv")) == 6
+
+
+def test_an_episode_that_ends_in_the_bait_or_in_a_crash_is_no_success():
+    class Actor:
+        def get_dist(self, states):
+            return SimpleNamespace(log_prob=lambda action: 0 * action[:, 0])
+
+    def act(states):
+        action = torch.full((len(states), 2), -1.0) * torch.tensor([1.0, 0.0])
+        return Acted(states.set("action", action), None, None)
+
+    for layout in ("deceptive", "paper"):
+        found = route_episodes.roll(BatchedTargetReachingEnv(3, layout), Actor(), act, seed=0)
+        assert not found["success"].any()
+        # to the left, into the bait or the wall
+        assert found["path"].shape[1] - 1 == {"deceptive": 2, "paper": 10}[layout]
+
+
+def test_the_authors_arena_has_its_own_reward_and_length_on_both_sides():
+    (cfg,) = configs("policies=[gaussian]", "env_kwargs.layout=paper").values()
+    assert cfg.env_kwargs == {"layout": "paper", "start": "fixed", "reward": None, "max_episode_steps": 200}
+    env = target_reaching.make_task(cfg, 2)
+    assert (env.task.reward, env.max_episode_steps) == ("paper", 200)
+    assert make_gym_env(cfg.env, cfg.env_kwargs).observation_space.shape == (6,)
+
+
 def test_each_policy_is_what_its_name_says():
     names = "gaussian,gating,mcp,pmoe_all,pmoe_max,pmoe,pmoe_decoupled,pmoe_paper,pmoe_soft"
     runs = configs(f"policies=[{names}]", "num_seeds=2", "seed=5")
@@ -211,6 +280,12 @@ def test_each_policy_is_what_its_name_says():
         ("+env_kwargs.max_step=a", "env_kwargs: TargetReachingTask: max_step must be a finite number"),
         ("collector.num_envs=7", "collector.num_envs=7: must be a divisor of exploration_frames"),
         ("num_workers=0", "num_workers=0: must be an integer >= 1"),
+        ("blocked=upper_middle", "blocked=upper_middle: must be null or one of upper, lower with layout=one"),
+        ("blocked_frames=0", "blocked_frames=0: must be an integer >= 1"),
+        (
+            "+env_kwargs.blocked=left",
+            "env_kwargs: TargetReachingTask: blocked='left' is unknown; allowed: upper, lower",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(override, line):

@@ -138,9 +138,9 @@ class RunDirectory:
         if checkpoint is None:
             return None
         trainer.load_from_file(checkpoint)
-        for path in (self.path / self.CHECKPOINTS).iterdir():
-            if path.name.startswith(".checkpoint-"):
-                shutil.rmtree(path, ignore_errors=True)
+        # in another directory than the checkpoint's there may be none yet
+        for path in (self.path / self.CHECKPOINTS).glob(".checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
         for path in self.checkpoints():
             if path.name > checkpoint.name:
                 aside = path.with_name(f"set-aside-{path.name}")
