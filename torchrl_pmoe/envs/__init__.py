@@ -1,9 +1,10 @@
 """Environments: tasks of a point agent with several solutions, Gymnasium's MuJoCo tasks and EnvPool's, for TorchRL.
 
-Importing this package registers ``PMOE/TargetReaching-v0`` and ``PMOE/MultiGoal-v0`` with Gymnasium.
+Importing this package registers ``PMOE/TargetReaching-v0``, ``PMOE/MultiGoal-v0`` and ``PMOE/PointMazeTwoRoutes-v0``
+with Gymnasium.
 """
 
-from torchrl_pmoe.envs import multi_goal, target_reaching
+from torchrl_pmoe.envs import mazes, multi_goal, target_reaching
 from torchrl_pmoe.envs.action_units import RawActionPolicy, normalize_actions
 from torchrl_pmoe.envs.envpool import EnvPoolEnv
 from torchrl_pmoe.envs.making import EnvironmentFault, make_env
@@ -39,3 +40,4 @@ __all__ = [
 
 target_reaching.register()
 multi_goal.register()
+mazes.register()

@@ -274,11 +274,19 @@ def make_gym_env(name: Env, env_kwargs: Mapping[str, Any] | None = None, *, chec
 
 def _make(name: Env, env_kwargs: Mapping[str, Any], checked: bool) -> gym.Env:
     if isinstance(name, str) and library_of(name) is None:
-        return gym.make(full_id(name), disable_env_checker=None if checked else True, **env_kwargs)
+        made = gym.make(full_id(name), disable_env_checker=None if checked else True, **env_kwargs)
+        return gym.wrappers.FlattenObservation(made) if _has_vectors(made.observation_space) else made
     made = name(**env_kwargs) if callable(name) else make_library_env(name, env_kwargs)
     if isinstance(made, EnvBase) and not isinstance(name, str):
         made = with_one_observation(made)
     return made if isinstance(made, gym.Env) else GymnasiumView(made)
+
+
+def _has_vectors(space: gym.Space) -> bool:
+    """Whether observations are a mapping of names to vectors of numbers, which can stand one behind the other."""
+    return isinstance(space, gym.spaces.Dict) and all(
+        isinstance(part, gym.spaces.Box) and part.dtype in _FLOATS and len(part.shape) == 1 for part in space.values()
+    )
 
 
 def _shown(name: Env) -> str:
