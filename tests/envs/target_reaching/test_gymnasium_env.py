@@ -212,11 +212,9 @@ def test_rewards_and_ends_of_the_authors_arena(position, velocity, expected, inf
 
 def test_the_bait_ends_an_episode_with_its_own_reward_and_without_success():
     env = started(layout="deceptive", bait_reward=0.3)
-    rewards, terminated = [], False
-    while not terminated:
-        _, reward, terminated, _, info = env.step(np.array([-1.0, 0.0]))
-        rewards.append(reward)
-    assert rewards == [0.0, 0.3]
+    steps = [env.step(np.array([-1.0, 0.0])) for _ in range(2)]
+    assert [(reward, terminated) for _, reward, terminated, _, _ in steps] == [(0.0, False), (0.3, True)]
+    info = steps[-1][-1]
     assert info == {"is_success": False, "collided": False, "outcome": "bait"}
     env.position = [0.45, 0.25]
     _, reward, terminated, _, info = env.step(np.array([0.5, -1.0]))
