@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.utils import instantiate
+from omegaconf import ListConfig
 from tensordict import TensorDict
 from torch import nn
 
@@ -127,6 +128,7 @@ def test_the_ppo_trainer_takes_them_by_name(composed):
     }
     config["models"]["value"] |= {"in_keys": ["observation"], "out_keys": ["state_value"]}
     config["loss"] |= {"critic_network": "${models.value}", "qvalue_network": "${models.qvalue}", "gamma": 0.9}
+    config["loss"]["clip_epsilon"] = [0.2, 0.28]
     config["trainer"] |= {"num_epochs": 2, "optim_steps_per_batch": None}
     trainer = instantiate(composed(config, "models.policy.distribution=normal").trainer)
     assert type(trainer.loss_module) is PMOEClipPPOLoss
@@ -145,8 +147,16 @@ def test_the_actor_is_what_its_keys_say():
     assert (dist.probs >= 0.1 / 3 - 1e-6).all()
     assert any(isinstance(module, nn.Tanh) for module in actor.modules())
     assert not actor.training
-    normal = configs.make_actor(action_size=1, in_features=1, distribution="normal")
+    normal = configs.make_actor(action_size=1, num_experts=2, in_features=1, distribution="normal")
     assert type(normal.get_dist(TensorDict(observation=torch.randn(1), batch_size=[]))) is NormalMixture
+    nested = configs.make_actor(
+        action_size=1, num_experts=2, in_features=1, in_keys=ListConfig([["agents", "observation"]])
+    )
+    assert nested.in_keys == [("agents", "observation")]
+    with pytest.raises(
+        ValueError, match=r"^low=\[-1.0, -1.0\], high=1.0: must be a number or action_size=3 of them\.$"
+    ):
+        configs.make_actor(action_size=3, low=[-1.0, -1.0])
     with pytest.raises(ValueError, match=r"^distribution='beta': must be one of tanh_normal, normal\.$"):
         configs.make_actor(action_size=1, distribution="beta")
 

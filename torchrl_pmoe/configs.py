@@ -7,8 +7,8 @@ line, can name ``model: pmoe`` and ``loss: pmoe_sac``, ``pmoe_tqc`` or ``pmoe_pp
       - model@models.policy_model: pmoe
       - loss@loss: pmoe_sac
 
-Every keyword of the actor and of the losses is a key. This module alone needs Hydra, and nothing else in the library
-imports it.
+Keywords of the actor and of the losses are keys. This module alone needs Hydra, and nothing else in the library imports
+it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tensordict.nn import InteractionType
 from torch import nn
 from torchrl.data import Bounded
 from torchrl.objectives import LossModule
+from torchrl.trainers.algorithms.configs.common import _normalize_hydra_keys
 from torchrl.trainers.algorithms.configs.modules import ActivationConfig, ModelConfig
 from torchrl.trainers.algorithms.configs.objectives import LossConfig, PPOLossConfig, SACLossConfig, TQCLossConfig
 
@@ -97,12 +98,14 @@ def make_actor(
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r}: must be one of {', '.join(DISTRIBUTIONS)}.")
-    bounds = (
-        torch.as_tensor(_plain(bound), dtype=torch.get_default_dtype()).expand(action_size) for bound in (low, high)
-    )
-    spec = Bounded(*bounds, (action_size,))
+    bounds = [torch.as_tensor(_plain(bound), dtype=torch.get_default_dtype()) for bound in (low, high)]
+    if any(bound.shape not in ((), (action_size,)) for bound in bounds):
+        raise ValueError(f"low={low}, high={high}: must be a number or action_size={action_size} of them.")
+    spec = Bounded(*(bound.expand(action_size) for bound in bounds), (action_size,))
     # a key that is left open in a config has the actor's own default
     given = {key: _plain(value) for key, value in kwargs.items() if value is not None}
+    for key in given.keys() & {"in_keys", "out_keys", "param_keys"}:
+        given[key] = _normalize_hydra_keys(given[key])
     if "network" in given:
         given["network"] = _network(given["network"])
     actor = PMOEActor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +32,12 @@ def _library(name: str = SB3) -> Any:
         raise MissingPackage(f"pip install -e '.[{extra}]' brings what it needs ({error})") from error
 
 
+def _bind(library: str) -> None:
+    """JAX does not ask how many threads it may have: keep it to as many cores as PyTorch has threads."""
+    if library == SBX and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
+
+
 def _calls(turns: Turns, hook: str) -> Any:
     """A callback that hands the number of frames to ``turns`` where ``hook`` of its class is called."""
     from stable_baselines3.common.callbacks import BaseCallback
@@ -49,6 +56,7 @@ def _calls(turns: Turns, hook: str) -> Any:
 
 def train_sac(name: str, random_frames: int, turns: Turns, library: str = SB3) -> None:
     """SAC in one environment, an update of batch 256 a frame, 2 x 256."""
+    _bind(library)
     model = _library(library).SAC(
         "MlpPolicy",
         make_gym_env(name),
@@ -66,6 +74,7 @@ def train_sac(name: str, random_frames: int, turns: Turns, library: str = SB3) -
 
 def train_ppo(name: str, num_envs: int, turns: Turns, library: str = SB3) -> None:
     """PPO with 2,048 frames a batch, 32 minibatches, 10 epochs, tanh 2 x 64; environments one after the other."""
+    _bind(library)
     module = _library(library)
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv
@@ -151,7 +160,8 @@ def learn(
 
     class Evaluate(BaseCallback):
         def _on_step(self) -> bool:
-            if self.num_timesteps % interval == 0:
+            # several environments may step past a multiple
+            if self.num_timesteps // interval > (self.num_timesteps - train_env.num_envs) // interval:
                 if algorithm == "ppo":
                     eval_env.obs_rms = train_env.obs_rms
                 mean, std = evaluate_policy(model, eval_env, n_eval_episodes=10, deterministic=True)

@@ -118,6 +118,8 @@ def make_pool(name: str, num_envs: int, threads: int) -> NormalizedPool:
         import envpool
     except ImportError as error:
         raise MissingPackage(f"pip install -e '.[envpool]' brings what it needs ({error})") from error
+    if name not in envpool.list_all_envs():
+        raise MissingPackage(f"EnvPool has no {name}")
     return NormalizedPool(
         envpool.make(name, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=0), num_envs
     )
@@ -203,7 +205,7 @@ def train_ppo(
         flat = [field.flatten(0, 1) for field in (observations, actions, log_probs, advantages, values)]
         flat.append(flat[3] + flat[4])
         for _ in range(epochs):
-            for chosen in torch.randperm(frames_per_batch).chunk(num_minibatches):
+            for chosen in torch.randperm(steps * envs.num_envs).chunk(num_minibatches):
                 seen, taken, before, advantage, value_before, target = (field[chosen] for field in flat)
                 advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
                 ratio = (agent.policy(seen).log_prob(taken).sum(-1) - before).exp()
@@ -215,5 +217,5 @@ def train_ppo(
                 (0.25 * error - gain).backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
                 optimizer.step()
-        frames += frames_per_batch
+        frames += steps * envs.num_envs
         yield frames

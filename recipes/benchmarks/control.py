@@ -235,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", nargs=5, metavar=tuple(f.name.upper() for f in fields(Cell)), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.work = args.work.absolute()
+    if 2048 % args.num_envs:
+        parser.error(f"argument --num-envs: must divide the 2,048 frames of a batch, got {args.num_envs}")
     if args.train is not None:
         algorithm, settings, env, library, seed = args.train
         cell = Cell(algorithm, settings, env, library, int(seed))

@@ -81,6 +81,7 @@ def train(args: argparse.Namespace, turns: Turns) -> None:
     if args.worker == PLAIN:
         for frames in cleanrl_style.train_ppo(cleanrl_style.make_pool(args.env, args.num_envs, args.threads)):
             turns(frames)
+        return
     if args.worker == STOCK:
         prepare_torch(watched_runs.resolve(ppo_pmoe, overrides(args, [], None)).optim.num_threads)
         env = make_env(args.env, num_envs=args.num_envs, clip_actions=True)

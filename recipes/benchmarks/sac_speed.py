@@ -72,6 +72,7 @@ def train(args: argparse.Namespace, turns: Turns) -> None:
     if args.worker == PLAIN:
         for frames in cleanrl_style.train_sac(make_gym_env(args.env), RANDOM_FRAMES):
             turns(frames)
+        return
     cfg = watched_runs.resolve(sac_pmoe, overrides(args, RECIPE.get(args.worker, [])))
     if args.worker in RECIPE:
         watched_runs.run(sac_pmoe, cfg, turns)

@@ -143,9 +143,6 @@ def serve(args: argparse.Namespace, train: Callable[[argparse.Namespace, Turns],
     """
     turns = Turns(args.warm_up, args.frames)
     torch.set_num_threads(args.threads)
-    if hasattr(os, "sched_setaffinity"):
-        # not every library asks how many threads it may have
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     with suppress(Finished, KeyboardInterrupt):
         try:
             train(args, turns)

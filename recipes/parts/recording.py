@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from parts.resume import command_to_resume, does_not_fit, from_here, interpreter
 from parts.training import CheckpointOptions, announce
 from torchrl_pmoe.envs import NormalizeObservationAndReward
 from torchrl_pmoe.runs import (
+    CARD,
     AgentResult,
     Evaluator,
     MetricsFile,
@@ -35,6 +37,7 @@ from torchrl_pmoe.runs import (
     SavedPolicies,
     read_metrics,
     run_logger,
+    source_commit,
     write_model_card,
 )
 from torchrl_pmoe.runs.acting import Kind
@@ -258,6 +261,9 @@ def train_and_record(
         for agent in agents:
             agent.directory.mkdir(parents=True, exist_ok=True)
         begin()
+        # what it says of an earlier end holds no more; sources may change while a run goes on
+        (run_dir / CARD).unlink(missing_ok=True)
+        commit = source_commit()
         print(f"run directory: {from_here(run_dir)}")
         announce(about, updates, compiled=stepper.compile)
         # the second update compiles; only later ones have the speed that the bar is to show
@@ -276,7 +282,8 @@ def train_and_record(
             run_to_the_end(trainer, run_dir, recorded, received, lambda: _draw(agents, metrics))
     if stepper.on_nonfinite == "skip":
         print(f"{stepper.skipped} updates were skipped")
-    _write_card(run_dir, agents, [one.last for one in metrics], evaluation, trainer.collected_frames // number)
+    frames = trainer.collected_frames // number
+    _write_card(run_dir, agents, [one.last for one in metrics], evaluation, frames, commit)
     RunDirectory(run_dir).finish(trainer.total_frames // number)
     # a training of an experiment has as many frames as the others of the experiment
     print(what_next(run_dir, agents, [one.last for one in metrics], longer=not only_if_unfinished))
@@ -288,21 +295,27 @@ def _write_card(
     last: Sequence[Mapping[str, float]],
     evaluation: EvaluationOptions,
     frames: int,
+    commit: str | None,
 ) -> None:
-    write_model_card(
-        run_dir,
-        title=agents[0].title if len(agents) == 1 else f"{agents[0].title} and {len(agents) - 1} more",
-        env=evaluation.env,
-        env_kwargs=evaluation.env_kwargs,
-        frames=frames,
-        episodes=evaluation.episodes,
-        kind=agents[0].kind,
-        results=[
-            AgentResult(agent.seed, row["return_mean"], row["return_std"])
-            for agent, row in zip(agents, last, strict=True)
-            if "return_mean" in row
-        ],
-    )
+    results = [
+        AgentResult(agent.seed, row["return_mean"], row["return_std"])
+        for agent, row in zip(agents, last, strict=True)
+        if "return_mean" in row
+    ]
+    try:
+        write_model_card(
+            run_dir,
+            title=agents[0].title if len(agents) == 1 else f"{agents[0].title} and {len(agents) - 1} more",
+            env=evaluation.env,
+            env_kwargs=evaluation.env_kwargs,
+            frames=frames,
+            episodes=evaluation.episodes,
+            kind=agents[0].kind,
+            results=results,
+            commit=commit,
+        )
+    except OSError as error:
+        warnings.warn(f"there is no model card of the run ({process.describe(error)})", stacklevel=1)
 
 
 def what_next(

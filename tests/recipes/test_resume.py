@@ -26,7 +26,7 @@ import ppo_pmoe  # isort: skip
 import sac_many_seeds  # isort: skip
 import sac_pmoe  # isort: skip
 import target_reaching  # isort: skip
-from parts import resume  # isort: skip
+from parts import recording, resume  # isort: skip
 from parts.errors import Interrupted, RunError, UsageError  # isort: skip
 from parts.training import has_compiler  # isort: skip
 from config.typed import build  # isort: skip
@@ -321,6 +321,21 @@ def test_a_longer_run_stays_longer_though_it_was_killed_before_its_first_checkpo
     (run / "config.yaml").write_text(text.replace("batch_size: 16", "batch_size: 32"))
     with pytest.raises(UsageError, match=r"was written with optim\.batch_size=16, config\.yaml has 32"):
         resume.open_run(run)
+
+
+def test_the_card_of_a_run_goes_when_the_run_goes_on(finished, tmp_path, monkeypatch):
+    """What it says holds for the end that it was written at."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert "| frames | 240 |" in (run / "model_card.md").read_text()
+
+    def stopped(*args):
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(recording, "run_to_the_end", stopped)
+    with pytest.raises(RunError, match="full"):
+        recipe_runs.run_here(sac_pmoe, run, *SAC, "total_frames=300", f"resume={checkpoints(run)[-1]}")
+    assert not (run / "model_card.md").exists()
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

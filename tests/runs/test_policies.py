@@ -575,7 +575,7 @@ def hub(tmp_path, monkeypatch):
 
     def upload_folder(*, repo_id, folder_path, delete_patterns, commit_message):
         for old in [path for path in (server / repo_id).rglob("*") if path.is_file()]:
-            if fnmatch(old.relative_to(server / repo_id).as_posix(), delete_patterns):
+            if any(fnmatch(old.relative_to(server / repo_id).as_posix(), pattern) for pattern in delete_patterns):
                 old.unlink()
         shutil.copytree(folder_path, server / repo_id, dirs_exist_ok=True)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
@@ -624,8 +624,11 @@ def test_a_run_from_the_hub_can_be_evaluated_by_its_recipe(trained, hub):
 
 
 def test_a_push_replaces_the_run_that_was_there(trained, hub):
-    for name in ("ppo", "pmoe"):  # the first one has more frames
+    for name in ("ppo", "two agents", "pmoe"):  # the first one has more frames
         push_to_hub(trained(name)[0], "me/pendulum")
+    there = {path.relative_to(hub / "me" / "pendulum").as_posix() for path in (hub / "me").rglob("*") if path.is_file()}
+    records = {name for name in there if not name.startswith("checkpoints/")}
+    assert records == {"README.md", "config.yaml", "metrics.csv", "learning_curve.png"}
     assert load_policy("hf://me/pendulum").checkpoint.name == "checkpoint-000000000060"
     assert "cache/v1" in load_policy("hf://me/pendulum@v1").checkpoint.as_posix()
 
@@ -635,6 +638,12 @@ def test_what_is_not_on_the_hub_is_told_in_one_line(trained, hub, tmp_path, monk
         load_policy("hf://me/nothing")
     with pytest.raises(CheckpointError, match=r"has no checkpoint$"):
         push_to_hub(tmp_path, "me/nothing")
+    import huggingface_hub
+
+    refused = huggingface_hub.errors.HTTPError("no\nroute")
+    monkeypatch.setattr(huggingface_hub.HfApi.return_value.create_repo, "side_effect", refused)
+    with pytest.raises(OSError, match=r"^me/pendulum cannot be written: no route$"):
+        push_to_hub(trained("pmoe")[0], "me/pendulum")
     monkeypatch.setattr(hub_module, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"^hf://me/it: needs .* pip install 'torchrl_pmoe\[hub\]'$"):
         load_policy("hf://me/it")

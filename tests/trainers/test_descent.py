@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
 from test_compiled_stepper import LOSSES
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchrl.objectives import HardUpdate, SoftUpdate
 
+from torchrl_pmoe.trainers import FusedOptimizationStepper
 from torchrl_pmoe.trainers.descent import soft_update_tensors, step_optimizer, step_targets
 
 ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
@@ -54,6 +57,7 @@ def train(step, cls, resume_at=None, **kwargs):
         (ADAM, {}),
         (ADAM, {"weight_decay": 0.1, "amsgrad": True, "eps": 1e-3, "betas": (0.8, 0.9)}),
         (ADAMW, {"weight_decay": 0.1, "maximize": True}),
+        (ADAM, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
         (ADAM, {"fused": False}),
         (SGD, {"momentum": 0.9, "fused": False}),
     ],
@@ -88,8 +92,11 @@ class Subclass(ADAM):
         self.called = True
 
 
-@pytest.mark.parametrize("how", ["subclass", "replaced", "pre hook", "post hook"])
-def test_what_stands_around_a_step_is_called(how):
+HOW = ["subclass", "replaced", "replaced, then scheduled", "pre hook", "post hook", "hook of all", "scale"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_stands_around_a_step_is_called(how, monkeypatch, request):
     weight = nn.Parameter(torch.ones(2))
     optimizer = (Subclass if how == "subclass" else ADAM)([weight], fused=True)
     weight.grad = torch.ones(2)
@@ -99,14 +106,63 @@ def test_what_stands_around_a_step_is_called(how):
     def called(*args):
         optimizer.called = True
 
-    if how == "replaced":
-        optimizer.step = called
+    if how.startswith("replaced"):
+        optimizer.step = MethodType(called, optimizer)
+        if how.endswith("scheduled"):
+            LambdaLR(optimizer, lambda epoch: 1.0)
+    elif how == "hook of all":
+        request.addfinalizer(register_optimizer_step_pre_hook(called).remove)
+    elif how == "scale":
+        monkeypatch.setattr(ADAM, "step", called)
+        optimizer.found_inf = torch.ones(())
     elif how == "pre hook":
         optimizer.register_step_pre_hook(called)
     elif how == "post hook":
         optimizer.register_step_post_hook(called)
     step_optimizer(optimizer)
     assert optimizer.called
+
+
+def test_an_optimizer_that_is_none_of_pytorchs_steps_by_itself():
+    class Wrapper(ADAM):
+        def __init__(self):
+            self.called = False  # no more, as those that hand all on to another
+
+        def step(self, closure=None):
+            self.called = True
+
+    optimizer = Wrapper()
+    step_optimizer(optimizer)
+    assert optimizer.called
+
+
+def test_a_schedule_that_is_new_to_a_resumed_optimizer_does_not_miss_its_step(recwarn):
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    before = ADAM([weight], fused=True)
+    before.step()
+    optimizer = ADAM([weight], fused=True)
+    optimizer.load_state_dict(before.state_dict())
+    schedule = LambdaLR(optimizer, lambda epoch: 1.0)
+    step_optimizer(optimizer)
+    schedule.step()
+    assert not recwarn
+
+
+def test_the_stepper_steps_so(monkeypatch):
+    """What it does with losses is tested with it; here, that it calls these steps."""
+    loss = LOSSES["SACLoss, Gaussian"]()
+    stepper = FusedOptimizationStepper(SoftUpdate(loss, eps=0.9))
+    optimizer = ADAM([p for p in loss.parameters() if p.requires_grad], fused=True)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    calls = spied(monkeypatch)
+    monkeypatch.setattr(SoftUpdate, "step", lambda self: calls.append(self))
+    before = loss.target_qvalue_network_params.clone()
+    stepper._step(optimizer)
+    assert not calls
+    assert (loss.target_qvalue_network_params != before).any()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A run on disk, and what is seen of it."""
 
 from torchrl_pmoe.runs.acting import CarriedOptionPolicy, Episode, EpisodePlayer, WatchedPolicy, acting
-from torchrl_pmoe.runs.card import AgentResult, write_model_card
+from torchrl_pmoe.runs.card import CARD, AgentResult, source_commit, write_model_card
 from torchrl_pmoe.runs.checkpoints import VerifiedCheckpoint
 from torchrl_pmoe.runs.directory import DirectoryInUseError, RunDirectory
 from torchrl_pmoe.runs.evaluation import Evaluator, RecordedEvaluation, summarize_returns
@@ -12,6 +12,7 @@ from torchrl_pmoe.runs.policies import LoadedPolicy, PolicyParts, SavedPolicies,
 from torchrl_pmoe.runs.simulators import EpisodeState, SimulatorState
 
 __all__ = [
+    "CARD",
     "AgentResult",
     "CarriedOptionPolicy",
     "CheckpointLog",
@@ -35,6 +36,7 @@ __all__ = [
     "push_to_hub",
     "read_metrics",
     "run_logger",
+    "source_commit",
     "summarize_returns",
     "write_model_card",
 ]

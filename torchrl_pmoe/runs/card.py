@@ -6,13 +6,13 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchrl_pmoe.runs.files import replace_file
 
-__all__ = ["CARD", "AgentResult", "write_model_card"]
+__all__ = ["CARD", "AgentResult", "source_commit", "write_model_card"]
 
 CARD = "model_card.md"
 """The file of a run's directory that :func:`write_model_card` writes. On the Hub it is ``README.md``."""
@@ -43,6 +43,7 @@ def write_model_card(
     episodes: int,
     kind: str,
     results: Sequence[AgentResult],
+    commit: str | None,
 ) -> None:
     """Write what a run has trained, on what, with which versions, and what it has reached.
 
@@ -59,6 +60,7 @@ def write_model_card(
         episodes: of the evaluation.
         kind: how the policy acts in it, as ``load_policy(act=...)`` names it.
         results: of every agent.
+        commit: see :func:`source_commit`, as it was when the run began.
     """
     task = {"type": "reinforcement-learning", "name": "reinforcement-learning"}
     metrics = [
@@ -75,14 +77,14 @@ def write_model_card(
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---"]
     given = f", `{json.dumps(dict(env_kwargs))}`" if env_kwargs else ""
     returns = [f"seed {seed}: {mean:,.2f} ± {std:,.2f}" for seed, mean, std in results]
-    installed = [f"{name} {version(name)}" for name in _PACKAGES]
+    installed = [f"{name} {_version(name)}" for name in _PACKAGES]
     rows = {
         "environment": f"`{env}`{given}",
         "frames": f"{frames:,}" if len(results) == 1 else f"{frames:,} of each agent",
         "return": f"{'; '.join(returns)} (mean ± standard deviation over {episodes} episodes of the last evaluation)",
         "acting there": f"`{kind}`",
         "versions": ", ".join([*installed, f"Python {platform.python_version()}"]),
-        "commit": source_commit() or "unknown",
+        "commit": commit or "unknown",
     }
     several = f", agent={results[0].seed}" if len(results) > 1 else ""
     lines += [
@@ -105,6 +107,13 @@ def write_model_card(
         "`python recipes/evaluate.py RUN` plays episodes of a directory.",
     ]
     replace_file(directory / CARD, "\n".join(lines) + "\n")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a nightly build has another name, sources on the path have none
+        return "of unknown version"
 
 
 def source_commit() -> str | None:

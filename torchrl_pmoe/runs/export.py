@@ -17,6 +17,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torchrl_pmoe.runs.files import replace_file
+
 __all__ = ["check_export_path", "export_policy"]
 
 # what a reparameterised draw takes its noise from; torch.distributions fills an empty tensor
@@ -105,7 +107,7 @@ def export_policy(policy: TensorDictModuleBase, path: Path, observation: Tensor)
     for node in program.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ValueError(f"a policy that draws by {node.target} cannot be exported")
-    path.write_bytes(_onnx(program, ["observation", *noise.drawn]) if path.suffix == ".onnx" else _pt2(program))
+    replace_file(path, _onnx(program, ["observation", *noise.drawn]) if path.suffix == ".onnx" else _pt2(program))
 
 
 def _pt2(program: torch.export.ExportedProgram) -> bytes:

@@ -19,6 +19,8 @@ __all__ = ["HUB", "download_checkpoint", "push_to_hub"]
 HUB = "hf://"
 """Begins the address of a run on the Hub: ``hf://owner/name``, or ``hf://owner/name@revision``."""
 _RECORDS = ("config.yaml", "metrics.csv", "learning_curve.png")
+_EARLIER = [f"{RunDirectory.CHECKPOINTS}/*", "seed*/*", "README.md", *_RECORDS]
+"""What a push may have put into a repository."""
 
 
 def push_to_hub(run: str | Path, repo_id: str, *, private: bool | None = None) -> str:
@@ -41,13 +43,14 @@ def push_to_hub(run: str | Path, repo_id: str, *, private: bool | None = None) -
     Raises:
         CheckpointError: in one line, where there is no whole checkpoint with a policy.
         ImportError: where ``huggingface_hub`` is not installed.
-        OSError: where the Hub does not answer or refuses.
+        OSError: in one line, where the Hub does not answer or refuses.
 
     Examples:
         >>> push_to_hub("outputs/sac_pmoe/Walker2d-v4-pmoe-seed0/...", "me/walker2d-pmoe")
         >>> policy = load_policy("hf://me/walker2d-pmoe")
     """
-    api = _huggingface_hub(repo_id).HfApi()
+    hub = _huggingface_hub(repo_id)
+    api = hub.HfApi()
     directory = RunDirectory(run)
     checkpoint = next(iter(directory.checkpoints()), None)
     if checkpoint is None:
@@ -63,10 +66,13 @@ def push_to_hub(run: str | Path, repo_id: str, *, private: bool | None = None) -
                     shutil.copyfile(record, target)
         if (directory.path / CARD).is_file():
             shutil.copyfile(directory.path / CARD, staged / "README.md")
-        api.create_repo(repo_id, exist_ok=True, private=private)
-        pushed = api.upload_folder(
-            repo_id=repo_id, folder_path=staged, delete_patterns="checkpoints/*", commit_message=checkpoint.name
-        )
+        try:
+            api.create_repo(repo_id, exist_ok=True, private=private)
+            pushed = api.upload_folder(
+                repo_id=repo_id, folder_path=staged, delete_patterns=_EARLIER, commit_message=checkpoint.name
+            )
+        except _errors(hub) as error:
+            raise OSError(f"{repo_id} cannot be written: {' '.join(str(error).split())}") from error
     return str(pushed.commit_url)
 
 
@@ -92,7 +98,7 @@ def download_checkpoint(address: str) -> Path:
     hub = _huggingface_hub(address)
     try:
         found = hub.snapshot_download(repo_id, revision=revision or None, allow_patterns="checkpoints/*")
-    except (OSError, ValueError) as error:
+    except _errors(hub) as error:
         raise CheckpointError(f"{address} cannot be read: {' '.join(str(error).split())}") from error
     checkpoint = next(iter(RunDirectory(found).checkpoints()), None)
     if checkpoint is None:
@@ -100,9 +106,15 @@ def download_checkpoint(address: str) -> Path:
     return checkpoint
 
 
+def _errors(hub: Any) -> tuple[type[Exception], ...]:
+    """What its functions raise where the Hub does not answer, refuses, or an address is none."""
+    # older versions raise those of requests, which are OSErrors
+    return OSError, ValueError, getattr(hub.errors, "HTTPError", OSError)
+
+
 def _huggingface_hub(wanted: str) -> Any:
     if find_spec("huggingface_hub") is None:
         raise ImportError(f"{wanted}: needs a package that is not installed: pip install 'torchrl_pmoe[hub]'")
-    import huggingface_hub
+    import huggingface_hub.errors
 
     return huggingface_hub

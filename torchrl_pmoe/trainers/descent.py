@@ -6,6 +6,9 @@ around their kernels than in them. Loops that the compiler makes of the same ari
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -13,27 +16,30 @@ from torchrl.objectives import SoftUpdate, TargetNetUpdater
 
 __all__ = ["soft_update_tensors", "step_optimizer", "step_targets"]
 
-_KERNELS = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
+_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 # a number would become a tensor again for every parameter
-_ONE = torch.ones(())
+_ONE = torch.ones((), device="cpu")
 
 
 @torch.no_grad()
 def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Step a fused ``Adam`` or ``AdamW`` on a CPU by its kernel; let any other optimiser step by itself.
 
-    By itself steps also an optimiser with hooks or with a ``step`` that was put in the place of its class's, and one
-    that has no state yet for a parameter.
+    By itself steps also an optimiser with hooks, with the scale of a ``GradScaler``, or with a ``step`` that was put in
+    the place of its class's, and one that has no state yet for a parameter.
     """
     if not _is_its_kernel(optimizer):
         optimizer.step()
         return
-    kernel = _KERNELS[type(optimizer)]
+    # a scheduler asks whether there was a step before its own
+    optimizer._opt_called = True  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [optimizer.state[parameter] for parameter in parameters]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, _ONE, alpha=1)
+        # an Adam decouples the decay too where it is told to
+        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         kernel(
             parameters,
             [parameter.grad for parameter in parameters],
@@ -53,13 +59,16 @@ def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 def _is_its_kernel(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step is one call of a kernel for every group."""
+    # a class of another's making may lack the rest
+    if type(optimizer) not in _ADAMS:
+        return False
     step = vars(optimizer).get("step")
     hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     if (
-        type(optimizer) not in _KERNELS
-        or any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
-        # a scheduler's own only notes that it was called, which the first step does
-        or not (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+        any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+        # a scheduler's only notes that it was called
+        or not (step is None or _wrapped_by_scheduler(step) is type(optimizer).step)
+        or any(getattr(optimizer, scale, None) is not None for scale in ("grad_scale", "found_inf"))
     ):
         return False
     return all(
@@ -69,6 +78,10 @@ def _is_its_kernel(optimizer: torch.optim.Optimizer) -> bool:
         and any(p.grad is not None for p in group["params"])
         for group in optimizer.param_groups
     )
+
+
+def _wrapped_by_scheduler(step: Callable[..., Any]) -> Callable[..., Any] | None:
+    return getattr(step, "__wrapped__", None) if hasattr(step, "_wrapped_by_lr_sched") else None
 
 
 def soft_update_tensors(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]] | None:
