@@ -256,6 +256,27 @@ class Named(gym.Env):
         return np.zeros(1), float(action[0] == self.name), self.steps == 2 + 3 * (self.name % 3), False, {}
 
 
+class Tells(Named):
+    """Names an outcome in its first step and ``last`` in the second, which is the last."""
+
+    last = None
+
+    def step(self, action):
+        observation, reward, *_ = super().step(action)
+        info = [{"outcome": "early"}, {} if self.last is None else {"outcome": self.last}][self.steps - 1]
+        return observation, reward, self.steps == 2, False, info
+
+
+@pytest.mark.parametrize(("last", "told"), [(None, None), (True, None), (np.int64(3), 3), ("late", "late")])
+def test_the_outcome_is_that_of_the_last_step_and_no_truth_value(last, told, monkeypatch):
+    monkeypatch.setattr(Tells, "last", last)
+    monkeypatch.setitem(gym.registry, "Tells-v0", gym.envs.registration.EnvSpec("Tells-v0", entry_point=Tells))
+    policy = WatchedPolicy(acting(spread(GaussianActor(SPEC, 1, num_cells=(8,))), "deterministic"))
+    player = EpisodePlayer("Tells-v0", policy, policy, max_steps=5)
+    assert player(SEED).outcome == told
+    player.close()
+
+
 class Memory(TensorDictModuleBase):
     """Says in every step what it saw in the first, in units of the action's bound."""
 

@@ -354,7 +354,8 @@ def _why_not_made(name: Env, env_kwargs: Mapping[str, Any] | None, error: Except
     id = name.rpartition(":")[2]
     if id not in gym.registry and not any(key.startswith(f"{id}-v") for key in gym.registry):
         return f"env={name}: must be the id of an installed Gymnasium environment ({_describe(error)})"
-    if env_kwargs and isinstance(error, TypeError | ValueError | LookupError | AssertionError | gym.error.Error):
+    of_arguments = isinstance(error, TypeError | ValueError | LookupError | AssertionError | gym.error.Error)
+    if env_kwargs and of_arguments and not isinstance(error, gym.error.DependencyNotInstalled):
         return f"env_kwargs={dict(env_kwargs)}: must be arguments of {name} ({_describe(error)})"
     given = f"with env_kwargs={dict(env_kwargs)} it raised" if env_kwargs else "it raised"
     return f"env={name}: must be an environment that can be made; {given} {_with_line(error)}"

@@ -59,7 +59,8 @@ def make_two_routes(**kwargs: Any) -> gymnasium.Env:
     corridor: ``upper`` or ``lower``.
 
     Keyword Args:
-        **kwargs: of PointMaze, such as ``reward_type="dense"``.
+        **kwargs: of PointMaze. Its ``reward_type="dense"`` pays in every step for being near the goal, and so more for
+            waiting beside it than for arriving.
 
     Raises:
         DependencyNotInstalled: without gymnasium-robotics.

@@ -249,8 +249,8 @@ class _RecordedEnv(gym.Wrapper):
         self.actions.append(action)
         success = info.get("is_success", info.get("success"))
         self.success = None if success is None else bool(success)
-        outcome = info.get("outcome")
-        if isinstance(outcome, str | int | np.integer):
+        outcome, self.outcome = info.get("outcome"), None
+        if isinstance(outcome, str | int | np.integer) and not isinstance(outcome, bool):
             self.outcome = outcome if isinstance(outcome, str) else int(outcome)
         return observation, reward, terminated, truncated, info
 

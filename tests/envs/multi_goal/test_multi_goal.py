@@ -56,6 +56,15 @@ def test_starts_are_normal_around_the_origin():
     assert np.std([env.reset(seed=seed)[0] for seed in range(1000)]) == pytest.approx(0.5, rel=0.1)
 
 
+def test_no_start_is_at_a_goal():
+    td = BatchedMultiGoalEnv(2000, seed=0, start_std=5.0).reset()
+    assert not td["done"].any()
+    assert (td["observation"].norm(dim=-1) > 3.8).any()
+    env = MultiGoalEnv(start_std=1e6)
+    lengths = [np.hypot(*env.reset(seed=seed)[0]) for seed in range(5)]
+    np.testing.assert_allclose(lengths, 3.9, rtol=1e-6)
+
+
 def test_it_agrees_with_the_gymnasium_environment_over_whole_episodes(device):
     number, rng = 6, np.random.default_rng(0)
     batched = BatchedMultiGoalEnv(number, seed=0, device=device)

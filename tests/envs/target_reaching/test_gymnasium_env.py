@@ -305,6 +305,26 @@ def test_the_position_may_be_set_to_free_points_only():
             env.position = wrong
 
 
+def test_the_velocity_may_be_set_within_its_bounds_only():
+    env = started(layout="paper")
+    env.state = [0.5, -0.5, 1.0, -1.0]
+    for velocity in ([1.1, 0.0], [0.0, np.nan]):
+        with pytest.raises(ValueError, match=r"velocity must lie in \[-1, 1\]\^2"):
+            env.state = [0.5, -0.5, *velocity]
+    for wrong in (0.5, [[0.5, 0.5]], [0.5, 0.5, 0.0, 0.0]):
+        with pytest.raises(ValueError, match="position must be a free point"):
+            env.position = wrong
+
+
+def test_of_obstacles_around_one_centre_one_tells_routes():
+    env = started(obstacles=[(0.0, 0.5, 0.2), (0.0, 0.5, 0.3), (0.0, -0.5, 0.2)])
+    env.position = [0.6, 0.0]
+    assert env.step(np.array([1.0, 0.0]))[-1]["outcome"] == "below all"
+    for x, y in [(-0.4, 0.0), (-0.1, 0.0), (0.1, 0.0), (0.7, 0.0)]:
+        env._trail.append(np.array([x, y]))
+    assert env.task.outcome(np.stack(env._trail[-4:])) == "above 2"
+
+
 # ---------------------------------------------------------------------- errors
 
 
@@ -333,6 +353,9 @@ MISTAKES = {
     "start in obstacle": ({"starts": [(-0.8, 0.0), (0.1, 0.1)]}, r"must lie outside .* got \[0.1, 0.1\]"),
     "start in target": ({"starts": [(0.8, 0.05)]}, "must lie outside obstacles and target"),
     "target on obstacle": ({"target": (0.4, 0.0, 0.12)}, "target must not overlap obstacle 0"),
+    "start at a wall": ({"layout": "paper", "starts": [(-1.0, 0.5)]}, r"not at a wall, got \[-1.0, 0.5\]"),
+    "target on bait": ({"layout": "deceptive", "target": (-0.8, 0.3, 0.2)}, "must not overlap the bait"),
+    "obstacle on bait": ({"layout": "deceptive", "obstacles": [(-0.8, -0.3, 0.2)]}, "must not overlap the bait"),
     "no room": (
         {"start": "random", "obstacles": [(-0.8, 0.5, 0.6)], "starts": [(-0.8, -0.9)]},
         "needs half of START_REGION",

@@ -15,6 +15,9 @@ GOALS = {"east": (5.0, 0.0), "west": (-5.0, 0.0), "north": (0.0, 5.0), "south": 
 
 GOAL_RADIUS = 1.0
 
+START_RADIUS = 3.9
+"""No start lies farther from the origin, so that none is at a goal."""
+
 MAX_EPISODE_STEPS = 30
 """Steps after which an episode is truncated, as in the authors' example."""
 
@@ -33,7 +36,8 @@ class MultiGoalTask(PointTask):
         action_cost: see above.
         distance_cost: see above.
         goal_reward: see above.
-        start_std: of the normal draw of the start around the origin, in each dimension.
+        start_std: of the normal draw of the start around the origin, in each dimension. Draws beyond
+            :data:`START_RADIUS` are moved there.
 
     Raises:
         ValueError: for an argument that is no finite number, or a negative ``start_std``.
@@ -74,7 +78,9 @@ class MultiGoalTask(PointTask):
 
     def place(self, normal: Array) -> Array:
         """Starts from standard normal draws, ``[*B, 2]``."""
-        return (self.start_std * normal).clip(-self.half_width, self.half_width)
+        start = self.start_std * normal
+        length = (start**2).sum(-1)[..., None] ** 0.5
+        return start * (START_RADIUS / length.clip(START_RADIUS))
 
     def observe(self, state: Array) -> Array:
         """The position, ``[*B, 2]``."""

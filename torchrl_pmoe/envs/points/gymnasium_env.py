@@ -49,7 +49,11 @@ class PointEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     @property
     def state(self) -> np.ndarray:
-        """State of the agent, float64 ``[S]``, the position first; it can be set where an agent may be."""
+        """State of the agent, float64 ``[S]``, the position first; it can be set where an agent may be.
+
+        Raises:
+            ValueError: for a position that is not free, or a velocity outside ``[-1, 1]^2``.
+        """
         if self._state is None:
             raise ResetNeeded(f"{self._name}: call reset() first.")
         return self._state.copy()
@@ -58,7 +62,9 @@ class PointEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def state(self, value: np.ndarray) -> None:
         state = np.array(value, dtype=np.float64)
         if state.shape != (self.task.state_size,) or not self.task.is_allowed(state[:2]):
-            raise ValueError(f"{self._name}: position must be a free point of the plane, got {state[:2].tolist()}.")
+            raise self._not_free(np.atleast_1d(state)[:2])
+        if not (np.abs(state[2:]) <= 1).all():
+            raise ValueError(f"{self._name}: velocity must lie in [-1, 1]^2, got {state[2:].tolist()}.")
         self._state = state
         self._trail = [state[:2]]
 
@@ -69,7 +75,13 @@ class PointEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     @position.setter
     def position(self, value: np.ndarray) -> None:
-        self.state = self._at_rest(np.asarray(value, dtype=np.float64))
+        position = np.asarray(value, dtype=np.float64)
+        if position.shape != (2,):
+            raise self._not_free(position)
+        self.state = self._at_rest(position)
+
+    def _not_free(self, value: np.ndarray) -> ValueError:
+        return ValueError(f"{self._name}: position must be a free point of the plane, got {value.tolist()}.")
 
     def _at_rest(self, position: np.ndarray) -> np.ndarray:
         return np.concatenate((position, np.zeros(self.task.state_size - 2)))

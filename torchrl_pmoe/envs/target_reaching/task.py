@@ -19,6 +19,7 @@ __all__ = [
     "PAPER_EPISODE_STEPS",
     "START_REGION",
     "TargetReachingTask",
+    "own_reward",
     "travel",
 ]
 
@@ -26,7 +27,7 @@ MAX_EPISODE_STEPS = 100
 """Steps after which an episode is truncated."""
 
 PAPER_EPISODE_STEPS = 200
-"""The same for ``layout="paper"``, where the straight way alone takes 78 steps. The authors' code has no limit."""
+"""The same for ``layout="paper"``, where the straight way alone would take 76 steps. The authors' code has no limit."""
 
 MARGIN = 1e-4
 """Distance from an obstacle at which an agent stops; rounding never costs more than half of it."""
@@ -61,6 +62,12 @@ LAYOUTS: dict[str, dict[str, list[tuple[float, ...]]]] = {
     },
 }
 """Obstacles, target and bait as ``(x, y, radius)``, starts as ``(x, y)``."""
+
+
+def own_reward(layout: str) -> Literal["dense", "sparse", "paper"]:
+    """The reward of a layout where none is asked for."""
+    return "paper" if layout == "paper" else "sparse" if "bait" in LAYOUTS[layout] else "dense"
+
 
 Disc = tuple[float, float, float]
 
@@ -235,7 +242,7 @@ class TargetReachingTask(PointTask):
         base = LAYOUTS[layout]
         self.accelerates = layout == "paper"
         if reward is None:
-            reward = "paper" if self.accelerates else "sparse" if "bait" in base else "dense"
+            reward = own_reward(layout)
         _one_of("reward", reward, ["dense", "sparse", *(["paper"] if self.accelerates else [])])
         if blocked is not None:
             _one_of("blocked", blocked, list(BLOCKS[layout]))
@@ -253,11 +260,14 @@ class TargetReachingTask(PointTask):
         )
         if not 0 < max_step <= 2:
             raise ValueError(f"TargetReachingTask: max_step must be in (0, 2], got {max_step}.")
-        self.landmarks = _numbers(
+        own = _numbers(
             "obstacles", base["obstacles"] if obstacles is None else obstacles, columns=3, form="rows (x, y, radius)"
         )
+        # what routes are told by: one of several obstacles around the same centre
+        _, first = np.unique(own[:, :2].round(6) + 0.0, axis=0, return_index=True)
+        self.landmarks = own[np.sort(first)]
         closed = [] if blocked is None else BLOCKS[layout][blocked]
-        self.obstacles = np.concatenate((self.landmarks, np.array(closed).reshape(-1, 3)))
+        self.obstacles = np.concatenate((own, np.array(closed).reshape(-1, 3)))
         self.starts = _numbers("starts", base["starts"] if starts is None else starts, columns=2, form="rows (x, y)")
         self.target = _numbers("target", base["target"] if target is None else [target], columns=3, form="(x, y, r)")[0]
         self.bait = np.array(base["bait"][0]) if "bait" in base else None
@@ -278,25 +288,33 @@ class TargetReachingTask(PointTask):
         gap = np.hypot(*(self.obstacles[:, :2] - self.target[:2]).T) - self.obstacles[:, 2] - self.target[2]
         if (gap < 0).any():
             raise ValueError(f"TargetReachingTask: target must not overlap obstacle {int(gap.argmin())}.")
+        if self.bait is not None:
+            others = np.vstack((self.target, self.obstacles))
+            if (np.hypot(*(others[:, :2] - self.bait[:2]).T) < others[:, 2] + self.bait[2]).any():
+                raise ValueError("TargetReachingTask: target and obstacles must not overlap the bait.")
         if not len(self.starts):
             raise ValueError("TargetReachingTask: starts must hold at least one point.")
         free = self.is_free(self.starts)
         if not free.all():
             where = self.starts[~free][0].tolist()
-            raise ValueError(f"TargetReachingTask: starts must lie outside obstacles and target, got {where}.")
+            ends = "obstacles and target, and not at a wall" if self.accelerates else "obstacles and target"
+            raise ValueError(f"TargetReachingTask: starts must lie outside {ends}, got {where}.")
         # random starts are the first free one of CANDIDATES draws, so half of the region must be free
         grid = np.stack(np.meshgrid(*np.linspace(*START_REGION, 101).T), -1)
         if self.random_starts and self.is_free(grid).mean() < 0.5:
             raise ValueError("TargetReachingTask: start='random' needs half of START_REGION free of discs.")
 
     def is_free(self, position: Array) -> Array:
-        """Whether points ``[*B, 2]`` lie outside all obstacles, the target and the bait, ``[*B]``."""
+        """Whether points ``[*B, 2]`` lie outside all obstacles, the target and the bait, ``[*B]``.
+
+        In the authors' arena they must not lie at a wall either.
+        """
         ends = self.target[None] if self.bait is None else namespace(position).stack((self.target, self.bait))
         # all of them together, [D, 3]
         discs = namespace(position).concatenate((self.obstacles, ends), 0)
         offset = position[..., None, :] - discs[:, :2]  # [*B, D, 2]
         clear: Any = (offset**2).sum(-1) > (discs[:, 2] + MARGIN) ** 2
-        return clear.all(-1)
+        return clear.all(-1) & ~self._at_wall(position) if self.accelerates else clear.all(-1)
 
     def is_allowed(self, position: np.ndarray) -> bool:
         """Whether a point ``[2]`` lies in the plane and outside all obstacles."""
