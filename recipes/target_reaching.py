@@ -55,7 +55,8 @@ def make_task(cfg: SACConfig, num_envs: int, **env_kwargs: str) -> BatchedTarget
     try:
         return BatchedTargetReachingEnv(num_envs, seed=cfg.seed, device=cfg.device, **{**cfg.env_kwargs, **env_kwargs})
     except (TypeError, ValueError) as error:
-        raise UsageError(f"env_kwargs: {' '.join(str(error).split())}") from error
+        key = f"blocked={env_kwargs['blocked']}" if "blocked" in env_kwargs else "env_kwargs"
+        raise UsageError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 # ------------------------------------------------------------------------------------------- trainings
@@ -100,7 +101,9 @@ def close_passage(
     found["closed"] = success_rates(actor, env, seed)
     run = copy.deepcopy(cfg)
     run.env_kwargs["blocked"] = blocked
-    run.total_frames += frames
+    # a training may have some frames more than it was asked for
+    (last, *_) = RunDirectory(run_dir).checkpoints()
+    run.total_frames = int(last.name.rpartition("-")[2]) + frames
     run.replay_buffer.scratch_dir = None
     begun = RunDirectory(directory).checkpoints()
     run.resume = str(open_run(directory if begun else run_dir)[1])
@@ -108,7 +111,10 @@ def close_passage(
     trained = sac_pmoe.train(run, directory, create_env, only_if_unfinished=True)
     found["trained on"] = success_rates(trained.actor, env, seed)
     rows = [{"when": when, "kind": kind, "success": rate} for when, of in found.items() for kind, rate in of.items()]
-    pd.DataFrame(rows).to_csv(directory / "success.csv", index=False)
+    directory.mkdir(exist_ok=True)
+    part = directory / "success.csv.part"
+    pd.DataFrame(rows).to_csv(part, index=False)
+    part.replace(directory / "success.csv")
 
 
 def finished(
@@ -122,7 +128,7 @@ def finished(
     """Whether a run is done.
 
     Raises:
-        UsageError: if it was done with another config.
+        UsageError: if it was done with another config, or has left no checkpoint from which it could go on.
     """
     if not (run_dir / "episodes.npz").is_file():
         return False
@@ -141,7 +147,13 @@ def finished(
     for key, now in (("episodes", episodes), ("exploration_frames", exploration_frames)):
         if had[key] != now:
             raise UsageError(f"{key}={now}: must be {had[key]} in {run_dir.parent}, where {run_dir.name} had that")
-    return blocked is None or (after_closing(run_dir, blocked, blocked_frames) / "success.csv").is_file()
+    if blocked is None or (after_closing(run_dir, blocked, blocked_frames) / "success.csv").is_file():
+        return True
+    if not RunDirectory(run_dir).checkpoints():
+        raise UsageError(
+            f"blocked={blocked}: must be null in {run_dir.parent}, where {run_dir.name} has no checkpoint to go on from"
+        )
+    return False
 
 
 def refuse_changes(before: SACConfig, cfg: SACConfig, run_dir: Path) -> None:
@@ -219,6 +231,8 @@ def experiment(cfg: TargetReachingConfig, directory: Path) -> None:
         cfg = resumed(cfg)
     configs = resolve(cfg)
     task = make_task(cfg, 1)
+    if cfg.blocked is not None:
+        make_task(cfg, 1, blocked=cfg.blocked)
     refuse_target_entropy(cfg, task.action_spec.shape[-1])
     prepare_torch(cfg.optim.num_threads)
     try:

@@ -25,7 +25,7 @@ from config.typed import (
     set_,
     to_dict,
 )
-from torchrl_pmoe.envs.target_reaching.task import BLOCKS, PAPER_EPISODE_STEPS
+from torchrl_pmoe.envs.target_reaching.task import BLOCKS, PAPER_EPISODE_STEPS, own_reward
 
 POLICIES: dict[str, dict[str, Any]] = {
     "gaussian": {"policy": "gaussian"},
@@ -122,10 +122,13 @@ def resolve(config: TargetReachingConfig) -> dict[str, sac_pmoe.SACConfig]:
     Raises:
         UsageError: in one line, for the first key that cannot stay.
     """
-    if config.env_kwargs.get("layout") == "paper":
+    layout = str(config.env_kwargs.get("layout", "one"))
+    if layout == "paper":
         # the id is registered with the steps of the other layouts
         config.env_kwargs.setdefault("max_episode_steps", PAPER_EPISODE_STEPS)
-    passages = BLOCKS.get(str(config.env_kwargs.get("layout", "one")), {})
+    # by its name, as experiments had it that went before: they go on
+    if layout in BLOCKS and config.env_kwargs.get("reward") is None:
+        config.env_kwargs["reward"] = own_reward(layout)
     if config.policy != "pmoe":
         raise UsageError(f"policy={config.policy}: must be named in policies")
     refuse(
@@ -154,8 +157,9 @@ def resolve(config: TargetReachingConfig) -> dict[str, sac_pmoe.SACConfig]:
                 f"above total_frames={config.total_frames}: the first frames are read from it at the end",
             ),
             "blocked": (
-                config.blocked not in (None, *passages),
-                f"null or one of {', '.join(passages)} with layout={config.env_kwargs.get('layout')}",
+                # the task refuses another layout
+                layout in BLOCKS and config.blocked not in (None, *BLOCKS[layout]),
+                f"null or one of {', '.join(BLOCKS.get(layout, {}))} with layout={layout}",
             ),
             "checkpoint.replay_buffer": (
                 config.blocked is not None and not config.checkpoint.replay_buffer,
@@ -167,6 +171,8 @@ def resolve(config: TargetReachingConfig) -> dict[str, sac_pmoe.SACConfig]:
             ),
         },
     )
+    if config.blocked is not None and config.env_kwargs.get("blocked") is not None:
+        raise UsageError(f"blocked={config.blocked}: must be null with env_kwargs.blocked, a passage that never opens")
     # of one training's own keys
     values = to_dict(config)
     own = [name for name in values if name not in to_dict(sac_pmoe.SACConfig())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -196,6 +197,9 @@ def test_when_a_passage_closes_the_policy_is_tried_and_trained_on(tmp_path):
     assert target_reaching.unfinished(cfg, resolved, tmp_path) == {}
     (directory / "success.csv").unlink()
     assert list(target_reaching.unfinished(cfg, resolved, tmp_path)) == [name]
+    shutil.rmtree(tmp_path / name / RunDirectory.CHECKPOINTS)
+    with pytest.raises(UsageError, match=r"blocked=lower: must be null in .* has no checkpoint to go on from"):
+        target_reaching.unfinished(cfg, resolved, tmp_path)
 
 
 def test_the_table_of_a_closing_has_the_means_over_seeds(tmp_path):
@@ -229,10 +233,26 @@ def test_an_episode_that_ends_in_the_bait_or_in_a_crash_is_no_success():
 
 def test_the_authors_arena_has_its_own_reward_and_length_on_both_sides():
     (cfg,) = configs("policies=[gaussian]", "env_kwargs.layout=paper").values()
-    assert cfg.env_kwargs == {"layout": "paper", "start": "fixed", "reward": None, "max_episode_steps": 200}
+    assert cfg.env_kwargs == {"layout": "paper", "start": "fixed", "reward": "paper", "max_episode_steps": 200}
     env = target_reaching.make_task(cfg, 2)
     assert (env.task.reward, env.max_episode_steps) == ("paper", 200)
     assert make_gym_env(cfg.env, cfg.env_kwargs).observation_space.shape == (6,)
+
+
+@pytest.mark.parametrize(("layout", "reward"), [("one", "dense"), ("deceptive", "sparse"), ("paper", "paper")])
+def test_a_reward_that_is_not_asked_for_has_its_name_in_the_config(layout, reward):
+    for kwargs in ({"layout": layout, "reward": None}, {"layout": layout}):
+        cfg = recipe_runs.composed(target_reaching, "policies=[gaussian]")
+        cfg.env_kwargs = kwargs
+        (run,) = target_reaching.resolve(cfg).values()
+        assert (cfg.env_kwargs["reward"], run.env_kwargs["reward"]) == (reward, reward)
+
+
+def test_a_passage_that_cannot_be_closed_is_refused_before_any_training(tmp_path):
+    cfg = recipe_runs.composed(target_reaching, "blocked=upper", "+env_kwargs.starts=[[0.0,0.6]]")
+    with pytest.raises(UsageError, match=r"^blocked=upper: TargetReachingTask: starts must lie outside"):
+        target_reaching.experiment(cfg, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_policy_is_what_its_name_says():
@@ -281,6 +301,11 @@ def test_each_policy_is_what_its_name_says():
         ("collector.num_envs=7", "collector.num_envs=7: must be a divisor of exploration_frames"),
         ("num_workers=0", "num_workers=0: must be an integer >= 1"),
         ("blocked=upper_middle", "blocked=upper_middle: must be null or one of upper, lower with layout=one"),
+        ("env_kwargs.layout=five blocked=upper", "env_kwargs: TargetReachingTask: layout"),
+        (
+            "blocked=upper +env_kwargs.blocked=lower",
+            "blocked=upper: must be null with env_kwargs.blocked, a passage that never opens",
+        ),
         ("blocked_frames=0", "blocked_frames=0: must be an integer >= 1"),
         (
             "+env_kwargs.blocked=left",
@@ -290,7 +315,7 @@ def test_each_policy_is_what_its_name_says():
 )
 def test_bad_input_is_refused_in_one_line(override, line):
     with pytest.raises(UsageError) as error:
-        configs(override)
+        configs(*override.split())
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
 

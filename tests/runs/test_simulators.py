@@ -96,6 +96,19 @@ def test_the_batched_task_is_restored(layout):
     assert_same_future(env, other, td, 120)
 
 
+def test_a_point_agent_goes_on_from_a_state_of_the_time_when_it_was_its_position():
+    env, other = make("PMOE/TargetReaching-v0"), make("PMOE/TargetReaching-v0")
+    env.set_seed(3)
+    td = advance(env)
+    other.set_seed(9)
+    other.reset()
+    state = SimulatorState(env).state_dict()
+    innermost = state["parts"][0]["layers"][-1]
+    innermost["_position"] = innermost.pop("_state")
+    SimulatorState(other).load_state_dict(through_a_file(state))
+    assert_same_future(env, other, td)
+
+
 class Dreamy(gym.Wrapper):
     """Keeps the sum of all rewards where nobody looks, unless it is a number."""
 
@@ -212,6 +225,21 @@ def test_a_collector_goes_on_in_the_middle_of_an_episode():
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours["next", "observation"] == theirs["next", "observation"]).all()
         assert (ours["observation"] == theirs["observation"]).all()
+
+
+def test_where_a_passage_is_closed_new_episodes_begin():
+    first, second = (
+        collector_of(BatchedTargetReachingEnv(5, start="random", seed=seed, blocked=blocked))
+        for seed, blocked in ((1, None), (2, "upper"))
+    )
+    collected(first, 4)
+    restored = EpisodeState(second, 0)
+    restored.load_state_dict(through_a_file(EpisodeState(first, 0).state_dict()))
+    restored.after_load()
+    assert restored.fresh
+    assert (second.env.steps == 0).all()
+    first.reset()
+    assert (second._carrier["observation"] == first._carrier["observation"]).all()
 
 
 def test_a_collector_of_an_unknown_environment_begins_a_new_episode():

@@ -19,7 +19,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from torchrl_pmoe.envs import MultiGoalEnv, TargetReachingEnv
-from torchrl_pmoe.envs.points import BatchedPointEnv
+from torchrl_pmoe.envs.points import BatchedPointEnv, PointEnv
 
 __all__ = ["EpisodeState", "SimulatorState", "generator_state", "load_generator_state"]
 
@@ -48,7 +48,8 @@ class SimulatorState:
     """The state of environments in this process, for checkpoints: simulator, wrappers and random generators.
 
     Known are Gymnasium's MuJoCo and classic-control tasks and this library's tasks of a point agent, alone or in a
-    batch in this process; after :meth:`load_state_dict` a step gives what it would have given, to the last bit.
+    batch in this process; after :meth:`load_state_dict` a step gives what it would have given, to the last bit. Of a
+    batched task with another geometry, such as a passage that is closed, the random generator alone is loaded.
     Gymnasium's wrappers around them may keep numbers, flags, texts, arrays, running statistics, and lists of these;
     what a function closes over is not looked into. Of other environments of Gymnasium the random generators are kept,
     and of environments elsewhere nothing.
@@ -73,6 +74,10 @@ class SimulatorState:
             )
             for part in parts
         )
+
+    def continues(self, state_dict: dict[str, Any]) -> bool:
+        """Whether the episodes of a state can go on here: all of it is known, and the tasks are the same."""
+        return bool(state_dict["complete"]) and all(map(_is_same_task, self._parts(), state_dict["parts"]))
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept of every environment, in order."""
@@ -114,9 +119,10 @@ class SimulatorState:
 class EpisodeState:
     """Where a collector stands in its episodes, for checkpoints.
 
-    Where the environment's state is known (:class:`SimulatorState`) the episodes go on, to the last bit; else new ones
-    begin, with the random generators of Gymnasium's environments where they were and a new seed for others. They begin
-    in :meth:`after_load`: what the first observation passes through (running statistics) is loaded then.
+    Where the environment's state is known and its task is the same (:class:`SimulatorState`) the episodes go on, to the
+    last bit; else new ones begin, with the random generators of known environments where they were and a new seed for
+    others. They begin in :meth:`after_load`: what the first observation passes through (running statistics) is loaded
+    then.
     :class:`~torchrl_pmoe.runs.VerifiedCheckpoint` calls it; behind another checkpoint, do it yourself.
 
     Args:
@@ -144,7 +150,7 @@ class EpisodeState:
         """Go on, or get ready to begin anew."""
         simulators = SimulatorState(self.collector.env)
         simulators.load_state_dict(state_dict["simulators"])
-        self.fresh = not state_dict["simulators"]["complete"]
+        self.fresh = not simulators.continues(state_dict["simulators"])
         if self.fresh:
             if not state_dict["simulators"]["parts"]:
                 self.collector.env.set_seed((self.seed + state_dict["frames"]) % 2**31)
@@ -181,7 +187,12 @@ def load_generator_state(env: gymnasium.Env, state: str) -> None:
 def _state(part: gymnasium.Env | BatchedPointEnv, *, whole: bool) -> dict[str, Any]:
     if isinstance(part, BatchedPointEnv):
         # under the name that it had before some tasks had a velocity too: earlier runs go on
-        return {"position": part.state, "steps": part.steps, "generator": part._generator.get_state()}
+        return {
+            "position": part.state,
+            "steps": part.steps,
+            "generator": part._generator.get_state(),
+            "task": _geometry(part),
+        }
     state: dict[str, Any] = {"generator": generator_state(part)}
     if whole:
         state["layers"] = [_plain(layer) for layer in _layers(part)]
@@ -193,13 +204,17 @@ def _state(part: gymnasium.Env | BatchedPointEnv, *, whole: bool) -> dict[str, A
 
 def _load_state(part: gymnasium.Env | BatchedPointEnv, state: dict[str, Any]) -> None:
     if isinstance(part, BatchedPointEnv):
-        part.state = state["position"].to(part.device)
-        part.steps = state["steps"].to(part.device)
         part._generator.set_state(state["generator"].cpu())
+        # an agent may stand where there is an obstacle now
+        if _is_same_task(part, state):
+            part.state = state["position"].to(part.device)
+            part.steps = state["steps"].to(part.device)
         return
     load_generator_state(part, state["generator"])
     for layer, values in zip(_layers(part), state.get("layers", []), strict="layers" in state):
         for name, value in values.items():
+            # what the state of these tasks was called before some of them had a velocity too
+            name = "_state" if isinstance(layer, PointEnv) and name == "_position" else name
             setattr(layer, name, _unpack(value, getattr(layer, name, None)))
     fields = _mujoco(part) if state.get("mujoco") else {}
     for name, value in fields.items():
@@ -207,6 +222,19 @@ def _load_state(part: gymnasium.Env | BatchedPointEnv, state: dict[str, Any]) ->
     if fields:
         task: Any = part.unwrapped
         task.data.time = state["time"]
+
+
+def _geometry(part: BatchedPointEnv) -> dict[str, torch.Tensor]:
+    """Where everything lies that a task is made of."""
+    return {name: value.cpu() for name in part.task.arrays if (value := getattr(part.task, name)) is not None}
+
+
+def _is_same_task(part: gymnasium.Env | BatchedPointEnv, state: dict[str, Any]) -> bool:
+    """Whether a state is of a task with the same geometry. Earlier versions have not kept that: no."""
+    if not isinstance(part, BatchedPointEnv):
+        return True
+    now, then = _geometry(part), state.get("task", {})
+    return now.keys() == then.keys() and all(torch.equal(now[name], then[name].cpu()) for name in now)
 
 
 def _layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
