@@ -95,7 +95,7 @@ def test_an_id_that_is_not_there_is_blamed_whatever_the_arguments(name):
 
 @pytest.mark.parametrize(
     ("space", "wrapper"),
-    [(Dict(a=Box(-1, 1, (2,)), b=Box(-1, 1, (3,))), "FlattenObservation makes one of others"),
+    [(Dict(a=Box(-1, 1, (2,)), b=Box(-1, 1, (3, 3))), "FlattenObservation makes one of others"),
      (Box(-1, 1, (3, 1)), "FlattenObservation makes one of others"),
      (Box(-9, 9, (3,), int), "DtypeObservation casts others")],
     ids=["dictionary", "matrix", "integers"],
