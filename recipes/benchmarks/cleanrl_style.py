@@ -1,4 +1,4 @@
-"""SAC and PPO each in one plain loop over a simulator, with PyTorch and NumPy alone, as CleanRL's authors write them.
+"""SAC and PPO each in one plain loop over a simulator, with PyTorch, NumPy and Gymnasium, as CleanRL writes them.
 
 Nothing of TorchRL and nothing of this project's library is used here.
 """
@@ -11,6 +11,7 @@ from typing import Any, cast
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.wrappers.utils import RunningMeanStd
 from numpy.typing import NDArray
 from raw_sac import Batch, RawSAC
 from torch import Tensor, nn
@@ -55,21 +56,6 @@ def train_sac(env: gym.Env, random_frames: int, batch_size: int = 256, buffer_si
         yield frames
 
 
-class Moments:
-    """Running mean and variance of rows, by the parallel algorithm of Chan et al. (1979)."""
-
-    def __init__(self, *shape: int) -> None:
-        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 1e-4
-
-    def update(self, rows: Array) -> None:
-        """Count the rows ``[N, ...]`` in."""
-        difference, number = rows.mean(0) - self.mean, len(rows)
-        total = self.count + number
-        self.var = (self.var * self.count + rows.var(0) * number + difference**2 * self.count * number / total) / total
-        self.mean = self.mean + difference * number / total
-        self.count = total
-
-
 class NormalizedPool:
     """A vector environment whose observations and rewards are normalised and clipped to ±10.
 
@@ -85,7 +71,7 @@ class NormalizedPool:
         actions = getattr(envs, "single_action_space", envs.action_space)
         self.observation_size, self.action_size = space.shape[0], actions.shape[0]
         self.low, self.high = actions.low, actions.high
-        self._observations, self._returns = Moments(self.observation_size), Moments()
+        self._observations, self._returns = RunningMeanStd(shape=(self.observation_size,)), RunningMeanStd()
         self._return = np.zeros(num_envs)
 
     def reset(self) -> Array:

@@ -7,7 +7,6 @@ import csv
 import sys
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 from recipe_runs import RECIPES, resolve
@@ -208,15 +207,6 @@ def test_plain_advantages_are_those_of_torchrl():
     expected, _ = generalized_advantage_estimate(0.99, 0.95, values, following, rewards, ends, ends, time_dim=0)
     found = cleanrl_style.advantages_of(*(x.squeeze(-1) for x in (rewards, values, ends.float(), following[-1])))
     assert_close(found, expected.squeeze(-1))
-
-
-def test_plain_moments_are_those_of_all_rows():
-    rows = np.random.default_rng(0).normal(3, 2, (50, 4))
-    moments = cleanrl_style.Moments(4)
-    for part in np.split(rows, 5):
-        moments.update(part)
-    np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(moments.var, rows.var(0), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("train", "frames"), [("train_sac", 1), ("train_ppo", 2048)])

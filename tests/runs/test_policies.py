@@ -654,7 +654,8 @@ def test_the_card_of_a_run_says_what_the_hub_asks_for(name, trained):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     run, agents = trained(name)
     card = huggingface_hub.ModelCard.load(run / "model_card.md")
-    assert (card.data.library_name, card.data.tags[-1]) == ("torchrl_pmoe", "Pendulum-v1")
+    header = card.data.to_dict()
+    assert (header["library_name"], header["tags"][-1]) == ("torchrl_pmoe", "Pendulum-v1")
     for seed, result in zip(range(3, 3 + len(agents)), card.data.eval_results, strict=True):
         directory = run if name == "pmoe" else run / f"seed{seed}"
         with (directory / "metrics.csv").open(newline="") as file:
